@@ -1,0 +1,5 @@
+"""Runs `cortex` as `python -m broker`."""
+
+from broker.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""Control API: HTTP for web apps and operators."""

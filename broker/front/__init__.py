@@ -1,0 +1,1 @@
+"""Front door: WebSocket handshake and frame relay."""

@@ -1,0 +1,1 @@
+"""The gateway process and what the broker says to it."""

@@ -1,0 +1,1 @@
+"""The host: tasks, signals, systemd, file watching, logs."""

@@ -1,0 +1,74 @@
+"""Every metric, declared once (Prometheus conventions: base units, ``_total``, no user labels)."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+REGISTRY = CollectorRegistry()
+
+_FAST = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_LAG = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+
+BRINGUP = Histogram(
+    "cortex_bringup_seconds",
+    "From the wish for a session until it is ready.",
+    ("path", "driver"),
+    buckets=_FAST,
+    registry=REGISTRY,
+)
+BRINGUP_STAGE = Histogram(
+    "cortex_bringup_stage_seconds", "One stage of a bring-up.", ("stage",), buckets=_FAST, registry=REGISTRY
+)
+FIRST_FRAME = Histogram(
+    "cortex_time_to_first_frame_seconds",
+    "From a client's first message on a connection to the agent's first frame.",
+    ("agent",),
+    buckets=_FAST,
+    registry=REGISTRY,
+)
+RELAY_FRAMES = Counter("cortex_relay_frames_total", "Data frames relayed.", ("direction",), registry=REGISTRY)
+RELAY_BYTES = Counter(
+    "cortex_relay_bytes_total", "Bytes relayed, frame headers included.", ("direction",), registry=REGISTRY
+)
+STATE_WRITES = Counter(
+    "cortex_state_writes_total",
+    "State sent to a sandbox, or skipped because its hash was equal.",
+    ("kind", "result"),
+    registry=REGISTRY,
+)
+CONFIG_ASSEMBLY = Counter("cortex_config_assembly_total", "Configurations served.", ("result",), registry=REGISTRY)
+CONFIG_SOURCE = Counter(
+    "cortex_config_source_total", "Reads of configuration sources.", ("source", "result"), registry=REGISTRY
+)
+STORE_READS = Counter("cortex_store_reads_total", "Queries that read the store.", registry=REGISTRY)
+STORE_WRITES = Counter("cortex_store_writes_total", "Transactions that wrote the store.", registry=REGISTRY)
+SANDBOX_CALLS = Counter(
+    "cortex_sandbox_calls_total", "Calls to the engine of a driver.", ("driver", "call"), registry=REGISTRY
+)
+SANDBOX_ERRORS = Counter(
+    "cortex_sandbox_errors_total", "Failed calls to the engine of a driver.", ("driver", "call"), registry=REGISTRY
+)
+LINK_VIOLATIONS = Counter(
+    "cortex_link_violations_total",
+    "Connections and messages from sandboxes that were refused.",
+    ("kind",),
+    registry=REGISTRY,
+)
+SESSIONS = Gauge("cortex_sessions", "Sessions in memory.", ("state",), registry=REGISTRY)
+CONNECTIONS = Gauge("cortex_connections", "Open client connections.", registry=REGISTRY)
+REFUSED = Counter("cortex_refused_total", "Connections refused, by error code.", ("code",), registry=REGISTRY)
+CLOSED = Counter("cortex_closed_total", "Client connections closed, by close code.", ("code",), registry=REGISTRY)
+PACKAGES = Counter("cortex_packages_total", "MCP package installs.", ("result",), registry=REGISTRY)
+LOOP_LAG = Histogram(
+    "cortex_loop_lag_seconds", "How late the event loop runs a timer.", buckets=_LAG, registry=REGISTRY
+)
+CONFIG_RELOADS = Counter("cortex_config_reloads_total", "Reloads of config.toml.", ("result",), registry=REGISTRY)
+
+for _state in ("stopped", "starting", "ready", "paused", "stopping", "failed"):
+    SESSIONS.labels(_state)
+for _direction in ("to_agent", "to_client"):
+    RELAY_FRAMES.labels(_direction)
+    RELAY_BYTES.labels(_direction)
+for _kind in ("mcp", "credentials", "settings", "packages"):
+    STATE_WRITES.labels(_kind, "written")
+    STATE_WRITES.labels(_kind, "skipped")

@@ -1,0 +1,1 @@
+"""Sandboxes: drivers, slots and the link to the agent server."""

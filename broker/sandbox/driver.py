@@ -1,0 +1,105 @@
+"""The driver port: what the broker asks of whatever runs sandboxes.
+
+Drivers know nothing of sessions. They run one agent server in a box that sees the slot's sockets
+at ``/run/cortex`` (read-only), the slot's volume at ``/vol`` and the shared packages at
+``/opt/cortex/packages`` (read-only), and nothing else of the host. Every driver passes the suite
+in ``tests/integration/sandbox/test_driver_conformance.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+SOCK_DIR = "/run/cortex"
+"""Where a sandbox sees its slot's sockets."""
+VOL_DIR = "/vol"
+HOME_DIR = "/vol/home"
+PACKAGES_DIR = "/opt/cortex/packages"
+GATEWAY_PORT = 4180
+"""Loopback port of the gateway forwarder in a sandbox that has its own network namespace."""
+EGRESS_PORT = 4181
+
+Liveness = Literal["created", "running", "paused", "exited", "gone"]
+
+
+@dataclass(frozen=True)
+class SandboxSpec:
+    """What to run. ``slot``: short id; ``incarnation``: number of this start; paths are the host's.
+
+    ``commands`` are the agent's argv words, so that the process driver can show what they name.
+    """
+
+    slot: str
+    incarnation: int
+    sock_dir: Path
+    vol_dir: Path
+    packages_dir: Path
+    uid: int
+    role: Literal["session", "builder"] = "session"
+    commands: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    cpus: float | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A sandbox that ``list`` found: the driver's ``ref``, its slot and how it is."""
+
+    ref: str
+    slot: str
+    incarnation: int
+    liveness: Liveness
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a sandbox ended. ``code`` None when unknown; ``tail``: its last words, at most 4 KiB."""
+
+    code: int | None
+    oom: bool = False
+    tail: str = ""
+
+
+class SandboxDriver(Protocol):
+    """Every call has a deadline of its own and raises ``CortexError`` (engine down, timeout, image missing)."""
+
+    name: str
+    isolated: bool
+    """Sandboxes have their own network namespace, so loopback ports are fixed."""
+
+    async def open(self) -> None:
+        """Connects and checks that sandboxes can be made; raises with a hint otherwise."""
+
+    async def close(self) -> None:
+        """Lets go of the engine; sandboxes go on."""
+
+    async def create(self, spec: SandboxSpec) -> str:
+        """Makes a sandbox and returns its ``ref``. Nothing runs yet. All or nothing."""
+
+    async def start(self, ref: str) -> None:
+        """Starts it (again)."""
+
+    async def pause(self, ref: str) -> None:
+        """Stops its processes from being scheduled."""
+
+    async def resume(self, ref: str) -> None:
+        """Undoes ``pause``."""
+
+    async def stop(self, ref: str, grace_s: float) -> None:
+        """SIGTERM, after ``grace_s`` SIGKILL; returns when it is known to be dead. Idempotent."""
+
+    async def remove(self, ref: str) -> None:
+        """Kills it if need be and frees all of it. Returns when no process of it lives. Idempotent."""
+
+    async def wait(self, ref: str) -> Exit:
+        """Returns when it has ended; safe to cancel."""
+
+    async def inspect(self, ref: str) -> Liveness:
+        """How it is now."""
+
+    async def list(self) -> list[Found]:
+        """All sandboxes of this installation, whatever their state; nobody else's."""

@@ -1,0 +1,1 @@
+"""The session: one durable object per user and workspace."""

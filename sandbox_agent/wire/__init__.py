@@ -1,0 +1,1 @@
+"""What broker and agent server say to each other. Pure; the one thing that both import."""
