@@ -105,9 +105,7 @@ class SessionStore:
 
     async def of_user(self, user: str) -> list[SessionRow]:
         """All sessions of one user, each with ``config`` None."""
-        rows = await self._db.read(
-            f"SELECT {_PAGE_COLUMNS} FROM sessions WHERE user = ? ORDER BY workspace", (user,)
-        )
+        rows = await self._db.read(f"SELECT {_PAGE_COLUMNS} FROM sessions WHERE user = ? ORDER BY workspace", (user,))
         return [SessionRow(*row) for row in rows]
 
     async def sandbox_get(self, slot: str) -> SandboxRow | None:

@@ -69,9 +69,7 @@ class TokenStore:
 
     async def receipt_get(self, id: str) -> Receipt | None:
         """The receipt of webhook ``id``."""
-        rows = await self._db.read(
-            "SELECT id, user, workspace, body_hash, at FROM hook_receipts WHERE id = ?", (id,)
-        )
+        rows = await self._db.read("SELECT id, user, workspace, body_hash, at FROM hook_receipts WHERE id = ?", (id,))
         return Receipt(*rows[0]) if rows else None
 
     async def receipt_put(self, id: str, user: str, workspace: str, body_hash: bytes, at: float) -> bool:
