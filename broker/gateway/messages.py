@@ -1,0 +1,104 @@
+"""What the broker and the gateway process say to each other: one JSON object a packet, plus descriptors.
+
+The link is a SEQPACKET Unix socket, so a packet is a message. Broker to gateway: ``settings``,
+``put`` (with two listening descriptors when they are new), ``drop``, ``whole`` and ``ping``, each
+with an ``id`` that is answered. Gateway to broker: ``hello``, ``ack`` and ``report``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+VERSION = 1
+MAX_PACKET = 256 * 2**10
+"""Largest packet in bytes; below what a Unix socket's send buffer takes at once."""
+
+Kind = Literal["anthropic", "openai", "gemini", "ollama"]
+
+
+class MessageError(ValueError):
+    """The peer sent something that is no message, or a message would be too large."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A model provider as one slot may use it, at the path ``/NAME/…`` of its gateway socket.
+
+    ``credential`` is put into each call by ``kind`` ("" puts none in); ``ca`` is a PEM bundle ("":
+    the system's); ``private`` allows ``base_url`` to lead to a private address, so it is False
+    for a ``base_url`` that an operator did not choose.
+    """
+
+    kind: Kind
+    base_url: str
+    credential: str = field(default="", repr=False)
+    ca: str = field(default="", repr=False)
+    private: bool = True
+
+
+@dataclass(frozen=True)
+class Egress:
+    """Where a slot may CONNECT to. ``hosts``: ``name`` (port 443) or ``name:port``; a name that begins
+    with ``*.`` stands for its subdomains. ``private``: names that may have private addresses."""
+
+    hosts: tuple[str, ...] = ()
+    private: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SlotEntry:
+    """What the gateway knows of one slot. ``identity`` (user, workspace, session, …) is None while
+    nobody has claimed it: every request is then answered 503."""
+
+    slot: str
+    incarnation: int
+    identity: Mapping[str, str] | None = None
+    providers: Mapping[str, Provider] = field(default_factory=dict)
+    egress: Egress = Egress()
+
+
+def entry_to_wire(entry: SlotEntry) -> dict[str, Any]:
+    """The fields of a ``put``."""
+    return {
+        "slot": entry.slot,
+        "incarnation": entry.incarnation,
+        "identity": None if entry.identity is None else dict(entry.identity),
+        "providers": {name: asdict(provider) for name, provider in entry.providers.items()},
+        "egress": {"hosts": list(entry.egress.hosts), "private": list(entry.egress.private)},
+    }
+
+
+def entry_from_wire(message: Mapping[str, Any]) -> SlotEntry:
+    """The entry in a ``put``. Raises ``MessageError``."""
+    try:
+        return SlotEntry(
+            slot=str(message["slot"]),
+            incarnation=int(message["incarnation"]),
+            identity=message["identity"],
+            providers={name: Provider(**provider) for name, provider in message["providers"].items()},
+            egress=Egress(tuple(message["egress"]["hosts"]), tuple(message["egress"]["private"])),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MessageError(f"not a slot: {error}") from error
+
+
+def pack(message: Mapping[str, Any]) -> bytes:
+    """One packet. Raises ``MessageError`` over ``MAX_PACKET``."""
+    packet = json.dumps(message, separators=(",", ":")).encode()
+    if len(packet) > MAX_PACKET:
+        raise MessageError(f"a packet of {len(packet)} bytes is over the limit of {MAX_PACKET}")
+    return packet
+
+
+def unpack(packet: bytes) -> dict[str, Any]:
+    """The object in a packet. Raises ``MessageError``."""
+    try:
+        message = json.loads(packet)
+    except (ValueError, RecursionError) as error:
+        raise MessageError("not JSON") from error
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise MessageError("not a message")
+    return message
