@@ -1,0 +1,63 @@
+"""What a route is: the table that makes both the application and its OpenAPI document."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from aiohttp import web
+from pydantic import BaseModel
+
+from broker.access import Access
+from broker.config import Config
+from broker.errors import Code
+from broker.host.tasks import TaskOwner
+from broker.session.port import RegistryPort
+from broker.store.users import UserStore
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the handlers work with.
+
+    ``config``: the tree of the moment. ``front_url``: ``ws://host:port`` of the front door, without a
+    path. ``health``: what readiness depends on, by name; an empty string is good, else what is wrong.
+    """
+
+    registry: RegistryPort
+    access: Access
+    users: UserStore
+    config: Callable[[], Config]
+    front_url: Callable[[], str]
+    health: Callable[[], Awaitable[Mapping[str, str]]]
+    tasks: TaskOwner = field(default_factory=lambda: TaskOwner("control"))
+
+
+CONTROL: web.AppKey[Control] = web.AppKey("control", Control)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One method and path. ``auth``: who may call it; ``errors``: codes of its own."""
+
+    method: Literal["GET", "POST", "PUT", "DELETE"]
+    path: str
+    handler: Handler
+    summary: str
+    answer: type[BaseModel] | None = None
+    status: int = 200
+    body: type[BaseModel] | None = None
+    query: type[BaseModel] | None = None
+    auth: Literal["admin", "hook", "none"] = "admin"
+    media: str = "application/json"
+    errors: tuple[Code, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Merged into the OpenAPI operation."""
+
+
+def control(request: web.Request) -> Control:
+    """The context of the application that serves ``request``."""
+    return request.app[CONTROL]
