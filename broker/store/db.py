@@ -8,11 +8,12 @@ commits when two connections checkpoint at once.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,14 +32,18 @@ Statement = tuple[str, Params]
 FILE_NAME = "cortex.db"
 LOCK_NAME = "broker.lock"
 SAFE_SQLITE = (3, 51, 3)
-BUSY_TIMEOUT_MS = 5_000
 MAX_WAITING = 10_000
+"""Transactions that may wait for their turn."""
+
+_COMMON_PRAGMAS = ("busy_timeout = 5000", "mmap_size = 0", "trusted_schema = OFF")
+_WRITER_PRAGMAS = (*_COMMON_PRAGMAS, "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON")
+_READER_PRAGMAS = (*_COMMON_PRAGMAS, "query_only = ON", "wal_autocheckpoint = 0")
 
 log = structlog.get_logger(__name__)
 
 
 class Transaction:
-    """What a transaction's callable may do; both map errors to ``CortexError``."""
+    """What a transaction's callable may do."""
 
     def __init__(self, connection: aiosqlite.Connection) -> None:
         self._connection = connection
@@ -50,20 +55,20 @@ class Transaction:
 
     async def query(self, sql: str, params: Params = ()) -> list[tuple[Any, ...]]:
         """Runs a statement that returns rows."""
-        async with self._connection.execute(sql, params) as cursor:
-            return [tuple(row) for row in await cursor.fetchall()]
+        return [tuple(row) for row in await self._connection.execute_fetchall(sql, params)]
 
 
 class Database:
-    """Made by ``open``; closed by ``close``, once."""
+    """Made by ``open``; closed by ``close``."""
 
-    def __init__(self, state_dir: Path, lock_fd: int) -> None:
-        self.path = state_dir / FILE_NAME
+    def __init__(self, path: Path, writer: aiosqlite.Connection, reader: aiosqlite.Connection, lock_fd: int) -> None:
+        self.path = path
+        self._writer = writer
+        self._reader = reader
         self._lock_fd = lock_fd
-        self._writer: aiosqlite.Connection | None = None
-        self._reader: aiosqlite.Connection | None = None
         self._turn = asyncio.Lock()
         self._tasks = TaskOwner("store")
+        self._closed = False
 
     @classmethod
     async def open(cls, state_dir: Path) -> Database:
@@ -72,27 +77,185 @@ class Database:
         Raises ``CortexError``: ``STORE_LOCKED`` when another broker runs on it, ``STORE_ERROR`` when
         the file is damaged or newer than this program, ``DISK_FULL``.
         """
-        raise NotImplementedError
+        if sqlite3.sqlite_version_info < SAFE_SQLITE:
+            log.warning("sqlite_old", version=sqlite3.sqlite_version, wanted=".".join(map(str, SAFE_SQLITE)))
+        path = state_dir / FILE_NAME
+        with mapped("open the store"):
+            async with AsyncExitStack() as undo:
+                lock_fd = _lock(state_dir)
+                undo.callback(os.close, lock_fd)
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+                writer = await _connect(path, _WRITER_PRAGMAS)
+                undo.push_async_callback(writer.close)
+                await migrate(writer)
+                reader = await _connect(path, _READER_PRAGMAS)
+                undo.pop_all()
+        return cls(path, writer, reader, lock_fd)
 
     async def read(self, sql: str, params: Params = ()) -> list[tuple[Any, ...]]:
         """One query that only reads; sees every write that has returned."""
-        raise NotImplementedError
+        self._check_open()
+        STORE_READS.inc()
+        with mapped("read the store"):
+            return [tuple(row) for row in await self._reader.execute_fetchall(sql, params)]
 
     async def write(self, *statements: Statement) -> list[int]:
-        """Runs ``statements`` as one transaction; returns how many rows each changed. Durable, or nothing happened."""
-        raise NotImplementedError
+        """Runs ``statements`` as one transaction; returns how many rows each changed.
+
+        When it returns they are durable; when it raises, nothing has happened.
+        """
+
+        async def work(transaction: Transaction) -> list[int]:
+            return [await transaction.execute(sql, params) for sql, params in statements]
+
+        return await self.transaction(work)
 
     async def write_returning(self, sql: str, params: Params = ()) -> list[tuple[Any, ...]]:
         """One statement with RETURNING, in a transaction of its own."""
-        raise NotImplementedError
+        return await self.transaction(lambda transaction: transaction.query(sql, params))
 
-    async def transaction(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
+    async def transaction(self, work: Callable[[Transaction], Coroutine[Any, Any, T]]) -> T:
         """Runs ``work`` in one transaction: committed when it returns, undone when it raises.
 
         Cancelling the caller does not stop a transaction that has begun.
         """
-        raise NotImplementedError
+        self._check_open()
+        if len(self._tasks) >= MAX_WAITING:
+            raise CortexError(
+                Code.STORE_ERROR, "too many writes wait for the store", hint="the disk is slow; try again later"
+            )
+        # The task outlives a cancelled caller, who then does not hear of its error.
+        task = self._tasks.start(self._transact(work), "transaction", on_error=lambda error: None)
+        return await asyncio.shield(task)
+
+    async def _transact(self, work: Callable[[Transaction], Coroutine[Any, Any, T]]) -> T:
+        async with self._turn:
+            self._check_open()
+            STORE_WRITES.inc()
+            with mapped("write the store"):
+                return await _in_transaction(self._writer, work)
 
     async def close(self) -> None:
-        """Ends what runs, checkpoints, closes and lets go of the state directory. Idempotent."""
-        raise NotImplementedError
+        """Lets the transaction that runs end, checkpoints, closes, unlocks the state directory. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        async with self._turn:
+            try:
+                with mapped("close the store"):
+                    await self._reader.close()
+                    await self._writer.close()
+            finally:
+                os.close(self._lock_fd)
+        await self._tasks.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CortexError(Code.STORE_ERROR, "the store is closed", hint="the broker is stopping; try again")
+
+
+async def migrate(connection: aiosqlite.Connection) -> None:
+    """Brings the schema up to date, one transaction a step. Raises ``CortexError`` when it is newer."""
+    steps = migrations()
+    rows = list(await connection.execute_fetchall("PRAGMA user_version"))
+    version = int(rows[0][0])
+    if version > len(steps):
+        raise CortexError(
+            Code.STORE_ERROR,
+            f"the store has schema {version}, this program knows {len(steps)}",
+            hint="run the newer cortex again, or restore a backup made with this version",
+        )
+    for number, script in enumerate(steps[version:], version + 1):
+
+        async def step(transaction: Transaction, script: str = script, number: int = number) -> None:
+            for statement in statements_of(script):
+                await transaction.execute(statement)
+            await transaction.execute(f"PRAGMA user_version = {number}")
+
+        await _in_transaction(connection, step)
+
+
+def migrations() -> list[str]:
+    """The scripts ``migrations/NNN_name.sql`` in order; NNN counts from 001 without gaps."""
+    folder = resources.files("broker.store") / "migrations"
+    found = sorted((item for item in folder.iterdir() if item.name.endswith(".sql")), key=lambda item: item.name)
+    for number, item in enumerate(found, 1):
+        if not item.name.startswith(f"{number:03d}_"):
+            raise RuntimeError(f"migration {item.name} is not number {number}")
+    return [item.read_text(encoding="utf-8") for item in found]
+
+
+def statements_of(script: str) -> list[str]:
+    """The statements of a script; each ends at the end of a line."""
+    found, part = [], ""
+    for line in script.splitlines(keepends=True):
+        part += line
+        if sqlite3.complete_statement(part):
+            found.append(part.strip())
+            part = ""
+    return found
+
+
+@contextmanager
+def mapped(doing: str) -> Iterator[None]:
+    """Turns errors of SQLite and of the file system into ``CortexError``."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        code = getattr(error, "sqlite_errorcode", None)
+        # SHMSIZE: no room for the WAL's index.
+        full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+        if full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise CortexError(
+                Code.DISK_FULL,
+                f"cannot {doing}: the disk is full",
+                cause=error,
+                hint="free space on the file system of broker.state_dir; nothing that was stored is lost",
+            ) from error
+        hint = "see the broker's log"
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            hint = f"{FILE_NAME} is damaged; restore it from a backup"
+        elif isinstance(error, PermissionError) or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            hint = "broker.state_dir and all in it has to belong to the broker's user"
+        raise CortexError(Code.STORE_ERROR, f"cannot {doing}", cause=error, hint=hint) from error
+
+
+def _lock(state_dir: Path) -> int:
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(state_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.read(fd, 32).decode(errors="replace").strip()
+        os.close(fd)
+        raise CortexError(
+            Code.STORE_LOCKED,
+            f"another broker{f' (pid {owner})' if owner else ''} runs on {state_dir}",
+            hint="stop it, or give this one a broker.state_dir of its own",
+        ) from error
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+async def _connect(path: Path, pragmas: Sequence[str]) -> aiosqlite.Connection:
+    connection = await aiosqlite.connect(path, isolation_level=None, cached_statements=256)
+    try:
+        for pragma in pragmas:
+            await connection.execute_fetchall(f"PRAGMA {pragma}")
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+async def _in_transaction(connection: aiosqlite.Connection, work: Callable[[Transaction], Coroutine[Any, Any, T]]) -> T:
+    await connection.execute_fetchall("BEGIN IMMEDIATE")
+    try:
+        result = await work(Transaction(connection))
+        await connection.execute_fetchall("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            await connection.execute_fetchall("ROLLBACK")
+        raise
+    return result
