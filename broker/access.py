@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from broker.config import USER_ID, Config
 from broker.errors import Code, CortexError
-from broker.store.tokens import TokenStore
+from broker.store.tokens import Receipt, TokenStore
 
 PREFIX = "cx1."
 MAX_TOKEN = 512
@@ -139,6 +139,13 @@ class Access:
         """An attach token; ``ttl_s`` default and upper bound of a day: ``session.token_ttl_s``."""
         return await self._keep(user, workspace, secrets.token_bytes(32), self._clock() + self.ttl(ttl_s))
 
+    async def hook_seen(self, call: HookCall) -> bool:
+        """Whether this call was answered before. Raises ``HOOK_CONFLICT`` when its id came with another body."""
+        receipt = await self._tokens.receipt_get(call.id)
+        if receipt is not None:
+            _same_body(call, receipt)
+        return receipt is not None
+
     async def mint_for_hook(self, call: HookCall, user: str, workspace: str) -> Minted:
         """The token of one hook call: derived, so every replay is told the same without it being stored.
 
@@ -246,12 +253,9 @@ class Access:
         if await self._tokens.receipt_put(call.id, user, workspace, call.body_hash, now):
             return now
         receipt = await self._tokens.receipt_get(call.id)
-        if receipt is None or not hmac.compare_digest(receipt.body_hash, call.body_hash):
-            raise CortexError(
-                Code.HOOK_CONFLICT,
-                f"webhook-id {call.id[:64]!r} came before with another body",
-                hint="give every event an id of its own; retries repeat id and body",
-            )
+        if receipt is None:
+            return now
+        _same_body(call, receipt)
         return receipt.at
 
     async def _prune(self) -> None:
@@ -278,6 +282,15 @@ def check_host(host: str | None, allowed: Sequence[str], key: str) -> None:
             Code.HOST_FORBIDDEN,
             f"the request names host {(host or '')[:128]!r}",
             hint=f"add the name that clients use to {key}",
+        )
+
+
+def _same_body(call: HookCall, receipt: Receipt) -> None:
+    if not hmac.compare_digest(receipt.body_hash, call.body_hash):
+        raise CortexError(
+            Code.HOOK_CONFLICT,
+            f"webhook-id {call.id[:64]!r} came before with another body",
+            hint="give every event an id of its own; retries repeat id and body",
         )
 
 

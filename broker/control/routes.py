@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from aiohttp import web
 from pydantic import BaseModel
@@ -39,7 +39,7 @@ class Control:
 CONTROL: web.AppKey[Control] = web.AppKey("control", Control)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Route:
     """One method and path. ``auth``: who may call it; ``errors``: codes of its own."""
 
@@ -54,8 +54,11 @@ class Route:
     auth: Literal["admin", "hook", "none"] = "admin"
     media: str = "application/json"
     errors: tuple[Code, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Merged into the OpenAPI operation."""
+    also: tuple[int, ...] = ()
+    """More statuses with the same answer."""
+
+
+ROUTE_TABLE: web.AppKey[tuple[Route, ...]] = web.AppKey("routes", tuple)
 
 
 def control(request: web.Request) -> Control:

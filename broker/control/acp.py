@@ -1,0 +1,170 @@
+"""An ACP client inside the broker, on a stream of a session: for turns over plain HTTP.
+
+One coroutine drives it: it sends a request and hands on what comes until the answer is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from websockets.client import ClientProtocol
+from websockets.exceptions import PayloadTooBig, ProtocolError
+from websockets.frames import Frame, Opcode
+from websockets.protocol import State
+from websockets.uri import parse_uri
+
+from broker.errors import Code, CortexError
+
+Message = dict[str, Any]
+OnMessage = Callable[[Message], Awaitable[None]]
+
+CALL_TIMEOUT_S = 60.0
+SEND_TIMEOUT_S = 30.0
+TURN_SILENCE_S = 3600.0
+"""Longest silence in a turn; agents run long commands."""
+_CODES = {code.slug: code for code in Code}
+
+
+class AcpStream:
+    """Owns ``sock``, a stream whose attach header is written. Client frames are masked (RFC 6455)."""
+
+    def __init__(self, sock: socket.socket, *, max_message_bytes: int) -> None:
+        self._sock = sock
+        self._ws = ClientProtocol(parse_uri("ws://session/"), state=State.OPEN, max_size=max_message_bytes)
+        self._max = max_message_bytes
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._waiting: deque[Message] = deque()
+        self._next_id = 0
+        self.ended: CortexError | None = None
+        """Why it was closed from this side."""
+
+    async def call(
+        self, method: str, params: Message, on_message: OnMessage | None = None, *, silence_s: float = CALL_TIMEOUT_S
+    ) -> Message:
+        """Sends a request and returns the whole answer (``result`` in it); notifications and requests of
+        the agent go to ``on_message``.
+
+        Raises ``CortexError``: the agent's error, a stream that ended, or ``silence_s`` without a message.
+        """
+        self._next_id += 1
+        wanted = self._next_id
+        await self.send({"jsonrpc": "2.0", "id": wanted, "method": method, "params": params})
+        while True:
+            try:
+                async with asyncio.timeout(silence_s):
+                    message = await self._receive()
+            except TimeoutError as error:
+                raise CortexError(
+                    Code.AGENT_FAILED,
+                    f"no word from the agent for {silence_s:.0f} s in {method}",
+                    hint="stop the session and try again: cortex session stop",
+                ) from error
+            if "method" in message:
+                if on_message is not None:
+                    await on_message(message)
+            elif message.get("id") == wanted:
+                return _checked(message, method)
+
+    async def send(self, message: Message) -> None:
+        """Sends one message as a text frame."""
+        self._ws.send_text(json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode())
+        await self._flush()
+
+    def close(self, why: CortexError | None = None) -> None:
+        """Closes the stream; never an agent's turn. ``why`` is what a pending call raises."""
+        self.ended = self.ended or why
+        with contextlib.suppress(OSError):  # the other side may have been first
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def release(self) -> None:
+        """Frees the socket; only when no call is pending."""
+        self._sock.close()
+
+    async def _receive(self) -> Message:
+        while not self._waiting:
+            data = await self._read()
+            try:
+                self._ws.receive_data(data)
+            except (ProtocolError, PayloadTooBig) as error:
+                raise _broken(str(error)) from error
+            for event in self._ws.events_received():
+                if isinstance(event, Frame):
+                    self._frame(event)
+            await self._flush()
+        return self._waiting.popleft()
+
+    async def _read(self) -> bytes:
+        if self.ended is not None:
+            raise self.ended
+        try:
+            data = await asyncio.get_running_loop().sock_recv(self._sock, 65_536)
+        except OSError as error:
+            raise self.ended or _broken(error.strerror or "the stream broke") from error
+        if not data:
+            raise self.ended or _broken("the stream ended")
+        return data
+
+    def _frame(self, frame: Frame) -> None:
+        if frame.opcode is Opcode.CLOSE:
+            code = int.from_bytes(frame.data[:2], "big")
+            raise _broken(f"closed with {code} {bytes(frame.data[2:]).decode(errors='replace')}")
+        if frame.opcode not in (Opcode.TEXT, Opcode.CONT):
+            return
+        self._parts.append(bytes(frame.data))
+        self._size += len(frame.data)
+        if self._size > self._max:
+            raise _broken("a message is too big")
+        if frame.fin:
+            text, self._parts, self._size = b"".join(self._parts), [], 0
+            self._waiting.append(_message(text))
+
+    async def _flush(self) -> None:
+        data = b"".join(self._ws.data_to_send())
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await asyncio.get_running_loop().sock_sendall(self._sock, data)
+        except TimeoutError as error:
+            raise _broken("the agent server takes no more") from error
+        except OSError as error:
+            raise self.ended or _broken(error.strerror or "the stream broke") from error
+
+
+def _message(text: bytes) -> Message:
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _broken("a message is not JSON") from error
+    if not isinstance(message, dict):
+        raise _broken("a message is not an object")
+    return message
+
+
+def _checked(message: Message, method: str) -> Message:
+    error = message.get("error")
+    if error is None:
+        return message
+    facts: Message = error if isinstance(error, dict) else {}
+    given = facts.get("data")
+    data: Message = given if isinstance(given, dict) else {}
+    raise CortexError(
+        _CODES.get(str(data.get("code")), Code.AGENT_FAILED),
+        f"the agent refused {method}: {str(facts.get('message'))[:500]}",
+        hint=str(data.get("hint") or "see the agent's documentation"),
+        details={"jsonrpc_code": facts.get("code")},
+    )
+
+
+def _broken(why: str) -> CortexError:
+    return CortexError(
+        Code.AGENT_FAILED,
+        "the connection to the agent ended",
+        cause=why,
+        hint="the work goes on in the sandbox; attach or prompt again with acp_session",
+    )
