@@ -62,6 +62,12 @@ PACKAGES = Counter("cortex_packages_total", "MCP package installs.", ("result",)
 LOOP_LAG = Histogram(
     "cortex_loop_lag_seconds", "How late the event loop runs a timer.", buckets=_LAG, registry=REGISTRY
 )
+GATEWAY_EVENTS = Counter(
+    "cortex_gateway_events_total", "What the gateway process counted, by event.", ("event",), registry=REGISTRY
+)
+GATEWAY_CONNECTIONS = Gauge(
+    "cortex_gateway_connections", "Connections from sandboxes open at the gateway.", registry=REGISTRY
+)
 CONFIG_RELOADS = Counter("cortex_config_reloads_total", "Reloads of config.toml.", ("result",), registry=REGISTRY)
 
 for _state in ("stopped", "starting", "ready", "paused", "stopping", "failed"):
