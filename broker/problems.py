@@ -50,6 +50,8 @@ def _problem(item: Mapping[str, Any], root: Any) -> Problem:
     what = item["msg"].removeprefix("Value error, ")
     if item["loc"] and item["loc"][-1] == "[key]":
         return Problem(loc, f"bad name: {what}")
+    if item["type"] == "string_pattern_mismatch" and (meant := description_at(root, loc)):
+        return Problem(loc, "has the wrong form", meant)
     return Problem(loc, what[:1].lower() + what[1:])
 
 
@@ -57,6 +59,17 @@ def keys_at(root: Any, path: Iterable[str]) -> list[str]:
     """The keys that a table at ``path`` below type ``root`` may have; [] when any or none."""
     found = type_at(root, path)
     return list(_fields(found)) if _is_model(found) else []
+
+
+def description_at(root: Any, path: tuple[str, ...]) -> str:
+    """What the schema says about the key at ``path``, or ""."""
+    table = type_at(root, path[:-1])
+    if not path or not _is_model(table):
+        return ""
+    for name, field in table.model_fields.items():
+        if path[-1] in (name, field.alias):
+            return field.description or ""
+    return ""
 
 
 def type_at(root: Any, path: Iterable[str]) -> Any:

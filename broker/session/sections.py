@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from broker.config import AgentName, Section
+from broker.config import AgentName, Config, Section
 from broker.errors import Code, CortexError
 from broker.problems import Problem, from_validation, nearest
 
@@ -233,6 +233,19 @@ def assemble(*layers: Mapping[str, Mapping[str, Any]]) -> SandboxConfig:
             merged[section] = _over(merged.get(section, {}), value)
     checked = {section: validate(section, value) for section, value in merged.items()}
     return SandboxConfig.model_validate_json(json.dumps(checked), strict=True)
+
+
+def default_problems(config: Config) -> list[Problem]:
+    """What is wrong with the ``[defaults]`` of a settings tree; a check for ``broker.settings.load``."""
+    found: list[Problem] = []
+    for section in SECTIONS:
+        try:
+            validate(section, getattr(config.defaults, section))
+        except CortexError as error:
+            for item in error.details["problems"]:
+                path = ("defaults", section, *(part for part in item["path"].split(".") if part))
+                found.append(Problem(path, item["what"], item["hint"]))
+    return found
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
