@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 import structlog
 
 T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
 log = structlog.get_logger(__name__)
 
 
@@ -66,3 +69,31 @@ class TaskOwner:
             _, pending = await asyncio.wait(tasks, timeout=timeout)
             for task in pending:
                 log.error("task_stuck", task=task.get_name())
+
+
+async def together(
+    first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B], third: Coroutine[Any, Any, C]
+) -> tuple[A, B, C]:
+    """Runs three at once and returns their results; the first error cancels the others and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            one, two, three = group.create_task(first), group.create_task(second), group.create_task(third)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return one.result(), two.result(), three.result()
+
+
+def _told_by_result(error: BaseException) -> None:
+    """Its awaiter raises it."""
+
+
+async def first_of(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A | None, B | None]:
+    """Runs two at once; returns when one has ended, with None for the one that was cancelled."""
+    owner = TaskOwner("first_of")
+    one = owner.start(first, "first", on_error=_told_by_result)
+    two = owner.start(second, "second", on_error=_told_by_result)
+    try:
+        await asyncio.wait((one, two), return_when=asyncio.FIRST_COMPLETED)
+        return (one.result() if one.done() else None), (two.result() if two.done() else None)
+    finally:
+        await owner.close()

@@ -8,6 +8,7 @@ in ``tests/integration/sandbox/test_driver_conformance.py``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,16 @@ class SandboxSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     memory_bytes: int | None = None
     cpus: float | None = None
+    pids: int | None = None
+    gid: int | None = None
+    """Group of the sandbox; None: the broker's own where ``uid`` is its own, else equal to ``uid``."""
+
+    @property
+    def group(self) -> int:
+        """The group id it runs with."""
+        if self.gid is not None:
+            return self.gid
+        return os.getgid() if self.uid == os.getuid() else self.uid
 
 
 @dataclass(frozen=True)

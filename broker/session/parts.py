@@ -1,0 +1,99 @@
+"""What a sandbox should have, in parts that are hashed and sent on their own.
+
+``boot`` is what the sandbox is made with (a change needs a new one), ``process`` what the agent
+reads when it starts, ``mcp`` and ``settings`` what a running agent server takes; ``gateway`` is
+told to the gateway and never reaches the sandbox. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from broker.config import AgentConfig, Config
+from broker.session.fingerprint import fingerprints
+from broker.session.sections import SandboxConfig
+from sandbox_agent.wire.messages import AgentSpec
+
+BOUND = ("process", "mcp", "settings")
+"""Parts that travel in a ``bind``."""
+KINDS = {"process": "settings", "settings": "settings", "mcp": "mcp", "files": "credentials"}
+"""Metric label of each part."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Values and hashes by part."""
+
+    agent: AgentSpec
+    values: Mapping[str, Any]
+    hashes: Mapping[str, str]
+
+    @property
+    def bound_hashes(self) -> dict[str, str]:
+        """Hashes of the parts that travel in a ``bind``."""
+        return {name: self.hashes[name] for name in BOUND}
+
+
+def agent_spec(name: str, agent: AgentConfig, user: SandboxConfig, *, home: str, init_timeout_s: float) -> AgentSpec:
+    """The agent's command with the user's environment, options and model laid over the operator's."""
+    options = user.settings.agent.get(name)
+    env = {**agent.env, **user.env, **(options.env if options else {})}
+    command = [*agent.command, *(options.args if options else ())]
+    model = user.settings.model or agent.model
+    if model:
+        env |= {key: value.replace("{model}", model) for key, value in agent.model_env.items()}
+        command += [word.replace("{model}", model) for word in agent.model_args]
+    return AgentSpec(
+        name=name,
+        protocol=agent.protocol,
+        command=command,
+        env=env,
+        files=dict(agent.files),
+        cwd=f"{home}/{user.workspace.path}",
+        init_timeout_s=init_timeout_s,
+        max_restarts=agent.max_restarts,
+        live_mcp=agent.live_mcp,
+    )
+
+
+def wanted(
+    key: bytes,
+    config: Config,
+    agent_name: str,
+    user: SandboxConfig,
+    *,
+    home: str,
+    image: str,
+    mcp: Sequence[Mapping[str, Any]],
+) -> Wanted:
+    """All parts for a session. ``mcp``: the servers that can be started now, as ACP objects; ``image``:
+    what the driver runs sandboxes from."""
+    spec = agent_spec(
+        agent_name, config.agents[agent_name], user, home=home, init_timeout_s=config.session.agent_init_timeout_s
+    )
+    values: dict[str, Any] = {
+        "boot": {
+            "image": image,
+            "limits": user.limits.model_dump(),
+            "plugins": user.plugins.model_dump(mode="json"),
+        },
+        "process": spec.encode(),
+        "mcp": [dict(server) for server in mcp],
+        "settings": {
+            "allow_client_mcp": user.settings.allow_client_mcp,
+            "permission_policy": user.settings.permission_policy,
+            "workspace": spec.cwd,
+        },
+        "gateway": {
+            "egress": list(user.egress.hosts),
+            "providers": {name: choice.model_dump() for name, choice in user.providers.items()},
+        },
+    }
+    return Wanted(spec, values, fingerprints(key, values))
+
+
+def servers(user: SandboxConfig) -> list[dict[str, Any]]:
+    """The user's MCP servers as ACP ``McpServer`` objects, by name."""
+    return [server.acp(name) for name, server in sorted(user.mcp.servers.items())]

@@ -1,0 +1,282 @@
+"""The registry: the one place that answers whose a session is.
+
+Sessions are loaded when they are first needed and leave memory when they have been stopped for a
+while; a start of the broker loads none but those whose sandboxes still run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import structlog
+
+from broker.config import USER_ID
+from broker.errors import Code, CortexError
+from broker.host.tasks import TaskOwner
+from broker.metrics import SESSIONS
+from broker.sandbox.reconcile import Adopted
+from broker.sandbox.slots import home_key
+from broker.session.directory import Directory
+from broker.session.port import Applied, SessionPort
+from broker.session.sandbox import Runtime, Sandbox, place
+from broker.session.session import Session
+from broker.store.sessions import SessionRow
+
+log = structlog.get_logger(__name__)
+
+TICK = 15.0
+"""Seconds between looks at which sessions to refresh or unload."""
+
+Key = tuple[str, str]
+
+
+def check_name(kind: str, name: str) -> None:
+    """Raises ``BAD_USER_ID`` unless ``name`` may name a user or workspace."""
+    if not USER_ID.fullmatch(name):
+        raise CortexError(
+            Code.BAD_USER_ID,
+            f"{name[:40]!r} is not a {kind}",
+            hint=f"a {kind} begins with a letter or digit; then letters, digits and ._@+:|- follow, 128 in all",
+        )
+
+
+class Registry:
+    """``clock`` gives seconds since the epoch."""
+
+    def __init__(self, runtime: Runtime, directory: Directory, clock: Callable[[], float] = time.time) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._clock = clock
+        self._sessions: dict[Key, Session] = {}
+        self._turns: dict[Key, asyncio.Future[None]] = {}
+        self._tasks = TaskOwner("registry")
+        self._closing = asyncio.Event()
+
+    def start(self) -> None:
+        """Begins the regular looks."""
+        self._tasks.start(self._look_after(), "look_after")
+
+    def held(self, user: str, workspace: str) -> Session | None:
+        """The session if it is in memory; no I/O."""
+        return self._sessions.get((user, workspace))
+
+    async def create(self, user: str, workspace: str, agent: str | None) -> tuple[SessionPort, bool]:
+        """Creates or loads, and starts its bring-up; the flag says created."""
+        check_name("user id", user)
+        check_name("workspace name", workspace)
+        config = self._runtime.config()
+        if agent is not None and agent not in config.agents:
+            raise CortexError(
+                Code.UNKNOWN_AGENT,
+                f"there is no agent {agent[:40]!r}",
+                hint=f"one of {', '.join(sorted(config.agents))}",
+                details={"agents": sorted(config.agents)},
+            )
+        async with _Turn(self._turns, (user, workspace)):
+            session = await self._load(user, workspace)
+            created = session is None
+            if session is None:
+                session = await self._new(user, workspace, agent or config.session.default_agent)
+        if agent is not None and agent != session.agent:
+            raise CortexError(
+                Code.SESSION_CONFLICT,
+                f"the session exists with agent {session.agent!r}",
+                hint="use another workspace name, or delete the session first",
+            )
+        session.wake()
+        return session, created
+
+    async def load(self, user: str, workspace: str) -> SessionPort:
+        """The stored session. Raises ``NO_SESSION``."""
+        session = self.held(user, workspace)
+        if session is None:
+            async with _Turn(self._turns, (user, workspace)):
+                session = await self._load(user, workspace)
+        if session is None:
+            raise _no_session(user, workspace)
+        return session
+
+    async def _load(self, user: str, workspace: str) -> Session | None:
+        session = self.held(user, workspace)
+        if session is not None:
+            return session
+        await self._claim(user)
+        row = await self._runtime.store.get(user, workspace)
+        return self._hold(row) if row is not None else None
+
+    async def _claim(self, user: str) -> None:
+        if not self._directory.held(user) and not await self._directory.claim(user):
+            raise CortexError(
+                Code.SESSION_CONFLICT, "another node owns this user", hint="connect to any node; it relays to the owner"
+            )
+
+    async def _new(self, user: str, workspace: str, agent: str) -> Session:
+        now = self._clock()
+        row = SessionRow(
+            user=user,
+            workspace=workspace,
+            id=f"s_{secrets.token_hex(8)}",
+            agent=agent,
+            state="stopped",
+            reason="",
+            slot="",
+            incarnation=0,
+            generation=0,
+            config=None,
+            config_at=0.0,
+            created_at=now,
+            updated_at=now,
+        )
+        await self._runtime.store.save(row)
+        return self._hold(row)
+
+    def _hold(self, row: SessionRow) -> Session:
+        if row.agent not in self._runtime.config().agents:
+            raise CortexError(
+                Code.UNKNOWN_AGENT,
+                f"the session's agent {row.agent!r} is no longer configured",
+                hint=f"put [agents.{row.agent}] back into config.toml, or delete the session",
+            )
+        session = Session(self._runtime, row, self._clock)
+        self._sessions[row.user, row.workspace] = session
+        return session
+
+    async def list(self, *, after: str = "", limit: int = 100) -> tuple[list[dict[str, Any]], str]:
+        """A page of views; ``after`` is the cursor USER/WORKSPACE of the page before."""
+        user, _, workspace = after.partition("/")
+        rows = await self._runtime.store.page((user, workspace), limit)
+        views = []
+        for row in rows:
+            session = self.held(row.user, row.workspace)
+            views.append(session.view() if session else _stored_view(row))
+        cursor = f"{rows[-1].user}/{rows[-1].workspace}" if len(rows) == limit else ""
+        return views, cursor
+
+    async def delete(self, user: str, workspace: str) -> None:
+        """Stops it and erases its row, home and journal."""
+        async with _Turn(self._turns, (user, workspace)):
+            session = await self._load(user, workspace)
+            if session is None:
+                raise _no_session(user, workspace)
+            await session.stop()
+            await self._runtime.slots.erase_home(home_key(user, workspace))
+            await self._runtime.store.delete(user, workspace)
+            await self._drop(session)
+
+    async def erase_user(self, user: str) -> int:
+        """Erases all sessions of a user."""
+        rows = await self._runtime.store.of_user(user)
+        for row in rows:
+            await self.delete(user, row.workspace)
+        return len(rows)
+
+    async def config_changed(self, user: str, section: str) -> Sequence[Applied]:
+        """Has every held session of the user apply its configuration."""
+        sessions = [session for (owner, _), session in self._sessions.items() if owner == user]
+        return [await session.config_changed(section) for session in sessions]
+
+    def settings_reloaded(self) -> None:
+        """config.toml changed: what runs assembles anew, soon."""
+        for session in self._sessions.values():
+            session.settings_changed()
+
+    async def adopt(self, adopted: Adopted) -> None:
+        """Takes over a sandbox that outlived the last broker. Raises ``CortexError``."""
+        record = adopted.record
+        async with _Turn(self._turns, (record.user, record.workspace)):
+            session = await self._load(record.user, record.workspace)
+        if session is None:
+            raise _no_session(record.user, record.workspace)
+        box: Sandbox | None = None
+        box = place(
+            self._runtime,
+            record.user,
+            record.workspace,
+            session.id,
+            home_key(record.user, record.workspace),
+            adopted.slot,
+            record.incarnation,
+            welcomed=True,
+            on_status=session.on_status,
+            on_lost=lambda reason: session.on_lost(box, reason) if box else None,
+        )
+        box.ref = adopted.found.ref
+        await session.adopt(box)
+
+    async def _look_after(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(TICK):
+                    await self._closing.wait()
+                return
+            except TimeoutError:
+                await self._look()
+
+    async def _look(self) -> None:
+        limit = self._runtime.config().session.unload_after_s
+        for session in list(self._sessions.values()):
+            session.tick()
+            if session.idle and self._clock() - session.idle_since > limit:
+                await self._drop(session)
+
+    async def _drop(self, session: Session) -> None:
+        self._sessions.pop((session.user, session.workspace), None)
+        await session.close()
+
+    async def close(self) -> None:
+        """Lets go of all sessions; their sandboxes go on."""
+        self._closing.set()
+        await self._tasks.close()
+        for session in list(self._sessions.values()):
+            await self._drop(session)
+
+    def states(self) -> dict[str, int]:
+        """How many held sessions are in each state."""
+        counts = {str(labels[0]): 0 for labels in SESSIONS._metrics}
+        for session in self._sessions.values():
+            counts[session.state] = counts.get(session.state, 0) + 1
+        return counts
+
+
+class _Turn:
+    """One at a time for each key; loading, creating and deleting a session never overlap."""
+
+    def __init__(self, turns: dict[Key, asyncio.Future[None]], key: Key) -> None:
+        self._turns = turns
+        self._key = key
+
+    async def __aenter__(self) -> None:
+        while (running := self._turns.get(self._key)) is not None:
+            await asyncio.shield(running)
+        self._turns[self._key] = asyncio.get_running_loop().create_future()
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._turns.pop(self._key).set_result(None)
+
+
+def _no_session(user: str, workspace: str) -> CortexError:
+    return CortexError(
+        Code.NO_SESSION,
+        f"there is no session {user}/{workspace}",
+        hint="create it with POST /v1/sessions or `cortex session create`",
+    )
+
+
+def _stored_view(row: SessionRow) -> dict[str, Any]:
+    return {
+        "session": row.id,
+        "user": row.user,
+        "workspace": row.workspace,
+        "agent": row.agent,
+        "state": row.state,
+        "reason": row.reason,
+        "clients": 0,
+        "generation": row.generation,
+        "sandbox": None,
+        "created_at": row.created_at,
+        "updated_at": row.updated_at,
+    }

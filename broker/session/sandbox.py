@@ -1,0 +1,296 @@
+"""One incarnation of one session's sandbox: everything that has to be let go of together.
+
+A ``Sandbox`` is made for one container start, fenced to it, and put away once. What it holds is
+released in one order: link, engine, gateway, home, slot, row; a home leaves only when the sandbox
+is known to be dead and the gateway no longer serves its slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from broker.config import Config
+from broker.errors import Code, CortexError
+from broker.gateway.link import GatewayLink
+from broker.metrics import STATE_WRITES
+from broker.sandbox.driver import EGRESS_PORT, GATEWAY_PORT, HOME_DIR, SandboxDriver, SandboxSpec
+from broker.sandbox.journal_files import JournalFiles
+from broker.sandbox.link import Link, SlotSockets
+from broker.sandbox.packages import PackageShelf
+from broker.sandbox.slots import Slot, Slots
+from broker.session.assembly import Assembled, Assembler
+from broker.session.fingerprint import changed
+from broker.session.parts import BOUND, KINDS, Wanted
+from broker.session.providers import Credentials, egress_for, providers_for
+from broker.store.sessions import SandboxRow, SessionStore
+from sandbox_agent.wire.messages import Bound, Hello, Status, Welcome
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What sessions are made of; one for the whole broker."""
+
+    config: Callable[[], Config]
+    driver: SandboxDriver
+    slots: Slots
+    gateway: GatewayLink
+    store: SessionStore
+    assembler: Assembler
+    shelf: PackageShelf
+    credentials: Credentials
+    installation_key: bytes
+    node: str
+
+    def home_of(self, slot: Slot) -> str:
+        """HOME as the sandbox sees it."""
+        return HOME_DIR if self.driver.isolated else str(slot.home_dir)
+
+    def image(self) -> str:
+        """What sandboxes are made from; part of the boot hash."""
+        config = self.config()
+        return config.sandbox.docker.image if self.driver.name == "docker" else self.driver.name
+
+
+@dataclass
+class Sandbox:
+    """See the module. ``home_key`` names the home that is in its slot; times are seconds."""
+
+    runtime: Runtime
+    user: str
+    workspace: str
+    session_id: str
+    home_key: str
+    slot: Slot
+    incarnation: int
+    sockets: SlotSockets
+    link: Link
+    on_status: Callable[[Status], None]
+    ref: str = ""
+    asked: bool = False
+    """The engine was asked for a container; it may exist though no ``ref`` came back."""
+    boot_hash: str = ""
+    gateway_hash: str = ""
+    applied: dict[str, str] = field(default_factory=dict)
+    wanted: Wanted | None = None
+    """What the agent server is welcomed with."""
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set on a change of the agent's state; look at ``status``."""
+    status: Status | None = None
+
+    # -- what the agent server says ------------------------------------------------------------
+
+    def heard(self, status: Status) -> None:
+        """A Status came in."""
+        self.status = status
+        self.ready.set()
+        self.on_status(status)
+
+    async def welcome(self, link: Link, hello: Hello) -> Welcome:
+        """The answer to a Hello; durable before it is given, so that it is given once."""
+        self.applied = dict(hello.applied)
+        if hello.agent_info or hello.agent == "failed":
+            self.status = Status(agent=hello.agent, agent_info=hello.agent_info, open_turns=hello.open_turns)
+            self.ready.set()
+        fresh = await self.runtime.store.sandbox_welcomed(self.slot.id, self.incarnation)
+        config = self.runtime.config()
+        spec = self.wanted.agent if fresh and self.wanted else None
+        if spec and self.wanted:
+            self.applied["process"] = self.wanted.hashes["process"]
+        return Welcome(
+            incarnation=self.incarnation,
+            secret=b"",
+            session=self.session_id,
+            agent_spec=spec,
+            agent_hash=self.wanted.hashes["process"] if spec and self.wanted else "",
+            home=self.runtime.home_of(self.slot),
+            gateway_port=GATEWAY_PORT if self.runtime.driver.isolated else 0,
+            egress_port=EGRESS_PORT if self.runtime.driver.isolated else 0,
+            streams=config.sandbox.streams,
+            max_message_bytes=config.front.max_message_bytes,
+            stall_timeout_s=config.front.stall_timeout_s,
+            journal_segment_bytes=config.session.journal_segment_bytes,
+        )
+
+    async def agent_ready(self) -> None:
+        """Returns when the agent's initialize answer is held. Raises ``AGENT_MISSING`` or ``AGENT_FAILED``."""
+        while True:
+            status = self.status
+            if status is not None and status.agent == "ready" and status.agent_info:
+                return
+            if status is not None and status.agent == "failed":
+                code = Code.AGENT_MISSING if status.code == Code.AGENT_MISSING.slug else Code.AGENT_FAILED
+                raise CortexError(
+                    code,
+                    status.what[:400] or "the agent does not start",
+                    hint=status.hint[:400] or "see the agent's last words in the session's reason",
+                )
+            self.ready.clear()
+            await self.ready.wait()
+
+    # -- what the agent server is told ---------------------------------------------------------
+
+    def differing(self, wanted: Wanted) -> set[str]:
+        """The bound parts that the sandbox does not have."""
+        return changed(self.applied, wanted.bound_hashes)
+
+    async def bind(self, wanted: Wanted, generation: int) -> Bound | None:
+        """Sends the parts that differ, in one message; None when all are equal and nothing was sent."""
+        parts = self.differing(wanted)
+        for name in BOUND:
+            STATE_WRITES.labels(KINDS[name], "written" if name in parts else "skipped").inc()
+        if not parts:
+            return None
+        bound = await self.link.bind(
+            {name: wanted.values[name] for name in parts},
+            {name: wanted.hashes[name] for name in parts},
+            generation,
+            timeout=self.runtime.config().session.bind_timeout_s,
+        )
+        self.applied = dict(bound.applied)
+        return bound
+
+    async def tell_gateway(self, assembled: Assembled, wanted: Wanted) -> bool:
+        """Says whose the slot is and what it may reach; False when the gateway knows that already."""
+        if self.gateway_hash == wanted.hashes["gateway"]:
+            return False
+        config = self.runtime.config()
+        providers = await providers_for(config, self.runtime.credentials, self.user, assembled.config.providers)
+        identity = {"user": self.user, "workspace": self.workspace, "session": self.session_id}
+        await self.runtime.gateway.put_slot(
+            self.slot.id,
+            self.incarnation,
+            identity,
+            providers,
+            egress_for(config, assembled.config),
+            self.sockets.fds,
+        )
+        self.gateway_hash = wanted.hashes["gateway"]
+        return True
+
+    # -- the engine ----------------------------------------------------------------------------
+
+    async def launch(self, assembled: Assembled, wanted: Wanted) -> None:
+        """Creates and starts the container; its row is durable before the engine is asked."""
+        self.boot_hash = wanted.hashes["boot"]
+        self.wanted = wanted
+        limits = assembled.config.limits
+        await self._save_row()
+        spec = SandboxSpec(
+            slot=self.slot.id,
+            incarnation=self.incarnation,
+            sock_dir=self.slot.sock_dir,
+            vol_dir=self.slot.vol_dir,
+            packages_dir=self.runtime.slots.packages_dir,
+            uid=self.runtime.slots.uid,
+            commands=tuple(wanted.agent.command),
+            labels={"cortex.session": self.session_id},
+            memory_bytes=limits.memory_bytes,
+            cpus=limits.cpus,
+            pids=limits.pids,
+        )
+        self.asked = True
+        self.ref = await self.runtime.driver.create(spec)
+        await self._save_row()
+        await self.runtime.driver.start(self.ref)
+
+    async def _save_row(self) -> None:
+        await self.runtime.store.sandbox_save(self.row())
+
+    def row(self) -> SandboxRow:
+        """Its row, not yet welcomed."""
+        return SandboxRow(
+            slot=self.slot.id,
+            incarnation=self.incarnation,
+            driver=self.runtime.driver.name,
+            ref=self.ref,
+            user=self.user,
+            workspace=self.workspace,
+            role="session",
+            welcomed=False,
+            created_at=0.0,
+        )
+
+    async def put_away(self, *, grace_s: float) -> None:
+        """Ends the sandbox and takes all of it apart, the home to rest. Idempotent.
+
+        A gateway that does not answer cannot keep a home in: its listeners are closed here and it is
+        told again when it comes back.
+        """
+        await self.link.stop(grace_s)
+        await self.link.close("the sandbox is stopped")
+        if self.asked and not self.ref:
+            mine = [found.ref for found in await self.runtime.driver.list() if found.slot == self.slot.id]
+            self.ref = mine[0] if mine else ""
+        if self.ref:
+            await self.runtime.driver.stop(self.ref, grace_s)
+            await self.runtime.driver.remove(self.ref)
+        try:
+            await self.runtime.gateway.drop_slot(self.slot.id)
+        except CortexError as error:
+            log.warning("gateway_drop_failed", slot=self.slot.id, error=str(error))
+        self.sockets.close()
+        self.runtime.slots.release_home(self.slot.id, self.home_key)
+        await self.runtime.slots.remove(self.slot.id)
+        await self.runtime.store.sandbox_delete(self.slot.id)
+
+    def facts(self) -> dict[str, Any]:
+        """For operators."""
+        status = self.status
+        return {
+            "slot": self.slot.id,
+            "incarnation": self.incarnation,
+            "agent_state": status.agent if status else "unknown",
+            "agent_pid": status.agent_pid if status else 0,
+            "open_turns": status.open_turns if status else 0,
+            "pss_bytes": status.pss_bytes if status else 0,
+            "agent_started_ms": status.started_ms if status else 0.0,
+        }
+
+
+def place(
+    runtime: Runtime,
+    user: str,
+    workspace: str,
+    session_id: str,
+    home_key: str,
+    slot: Slot,
+    incarnation: int,
+    *,
+    welcomed: bool,
+    on_status: Callable[[Status], None],
+    on_lost: Callable[[str], None],
+) -> Sandbox:
+    """Opens the slot's sockets and a link on them; nothing runs yet. Raises ``CortexError``."""
+    sockets = SlotSockets(slot, gid=runtime.slots.gid)
+    sockets.open()
+    box: Sandbox | None = None
+
+    async def welcome(link: Link, hello: Hello) -> Welcome:
+        assert box is not None
+        return await box.welcome(link, hello)
+
+    def heard(status: Status) -> None:
+        if box is not None:
+            box.heard(status)
+
+    config = runtime.config().session
+    link = Link(
+        sockets,
+        incarnation,
+        installation_key=runtime.installation_key,
+        on_hello=welcome,
+        on_status=heard,
+        on_lost=on_lost,
+        journal=JournalFiles(runtime.slots.journal_dir(home_key), keep=config.journal_segments),
+        welcomed=welcomed,
+    )
+    box = Sandbox(runtime, user, workspace, session_id, home_key, slot, incarnation, sockets, link, on_status)
+    link.start()
+    return box
