@@ -15,8 +15,30 @@ Under ``state_dir`` (0700, one file system)::
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import hashlib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import structlog
+
+from broker.errors import Code, CortexError
+from broker.sandbox.trash import discard, erase
+
+log = structlog.get_logger(__name__)
+
+MAX_SOCKET_PATH = 107
+"""Bytes of a Unix socket's path without its closing NUL (unix(7))."""
+_LONGEST_SOCKET = "gateway"
+_SLOT = re.compile(r"[a-z0-9]{1,16}")
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +66,8 @@ class Slot:
 
 def home_key(user: str, workspace: str) -> str:
     """The directory name of the home of ``user`` in ``workspace``: 32 hex digits of SHA-256."""
-    raise NotImplementedError
+    # "/" is in neither name, so two different pairs never make the same text.
+    return hashlib.sha256(f"{user}/{workspace}".encode()).hexdigest()[:32]
 
 
 class Slots:
@@ -56,36 +79,119 @@ class Slots:
     """
 
     def __init__(self, state_dir: Path, *, uid: int, gid: int | None = None) -> None:
-        raise NotImplementedError
-
-    packages_dir: Path
-    uid: int
-    gid: int
+        self.uid = uid
+        own = uid == os.geteuid()
+        self.gid = gid if gid is not None else (os.getegid() if own else uid)
+        self._state_dir = state_dir
+        self._slots = state_dir / "slots"
+        self._homes = state_dir / "homes"
+        self._trash = state_dir / "trash"
+        self._quarantine = state_dir / "quarantine"
+        self.packages_dir = state_dir / "packages"
+        self._owners: dict[str, str] | None = None
 
     def check(self) -> None:
         """Makes the directories and proves that all works: a rename from homes to slots and back, chown,
         socket paths of at most 107 bytes. Raises ``CortexError`` (``BAD_CONFIG`` or ``DISK_FULL``)."""
-        raise NotImplementedError
+        longest = self._slots / ("0" * 8) / "sock" / _LONGEST_SOCKET
+        if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
+            raise CortexError(
+                Code.BAD_CONFIG,
+                f"state_dir is too long: {longest} is no possible socket path",
+                hint=f"choose a broker.state_dir of at most {_longest_state_dir()} bytes",
+            )
+        with _mapped("prepare the state directory"):
+            for path in (self._state_dir, self._slots, self._homes, self._trash, self._quarantine):
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.packages_dir.mkdir(mode=0o755, exist_ok=True)
+            os.chmod(self.packages_dir, 0o755)
+        self._prove()
+
+    def _prove(self) -> None:
+        name = f".probe-{secrets.token_hex(4)}"
+        places = [self._homes, self._slots, self.packages_dir, self._trash, self._quarantine, self._homes]
+        at = self._homes / name
+        with _mapped("write to the state directory"):
+            at.mkdir(mode=0o700)
+        try:
+            self._give(at, 0o700)
+            for place in places[1:]:
+                os.rename(at, place / name)
+                at = place / name
+        except OSError as error:
+            raise _proof_failed(error, at, self.uid) from error
+        finally:
+            with suppress(OSError):
+                at.rmdir()
+
+    def _give(self, path: Path, mode: int) -> None:
+        """Makes the sandbox the owner."""
+        os.chmod(path, mode)
+        if self.uid != os.geteuid() or self.gid != os.getegid():
+            os.chown(path, self.uid, self.gid)
+
+    def _share(self, path: Path, mode: int) -> None:
+        """Lets the sandbox's group in; the owner stays."""
+        path.mkdir(mode=0o700)
+        os.chmod(path, mode)
+        if self.gid != os.getegid():
+            os.chown(path, -1, self.gid)
 
     def new_id(self) -> str:
         """A slot id that is not in use."""
-        raise NotImplementedError
+        while True:
+            slot = secrets.token_hex(4)
+            if not (self._slots / slot).exists():
+                return slot
 
     def create(self, slot: str) -> Slot:
         """Makes the slot with a blank home, nobody's yet. Raises ``CortexError``."""
-        raise NotImplementedError
+        made = self._at(slot)
+        with _mapped("make a slot"):
+            made.root.mkdir(mode=0o700)
+            try:
+                self._share(made.sock_dir, 0o750)
+                self._share(made.vol_dir, 0o750)
+                made.home_dir.mkdir(mode=0o700)
+                self._give(made.home_dir, 0o700)
+            except OSError:
+                with suppress(OSError):
+                    discard(made.root, self._trash)
+                raise
+        return made
+
+    def _at(self, slot: str) -> Slot:
+        if not _SLOT.fullmatch(slot):
+            raise ValueError(f"not a slot id: {slot!r}")
+        return Slot(slot, self._slots / slot)
+
+    def _home_at_rest(self, key: str) -> Path:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"not the key of a home: {key!r}")
+        return self._homes / key / "home"
 
     def get(self, slot: str) -> Slot | None:
         """The slot if it is on disk (after a restart of the broker)."""
-        raise NotImplementedError
+        found = self._at(slot)
+        return found if found.root.is_dir() else None
 
     def ids(self) -> list[str]:
         """Ids of all slots on disk."""
-        raise NotImplementedError
+        with _mapped("list slots"):
+            return sorted(name for name in os.listdir(self._slots) if _SLOT.fullmatch(name))
+
+    def owners(self) -> dict[str, str]:
+        """Slot → key of the home that is in it."""
+        if self._owners is None:
+            self._owners = {}
+            for slot in self.ids():
+                with suppress(OSError):
+                    self._owners[slot] = os.readlink(self._slots / slot / "owner")
+        return self._owners
 
     def owner(self, slot: str) -> str | None:
         """The key of the home that is in the slot, or None."""
-        raise NotImplementedError
+        return self.owners().get(slot)
 
     def adopt_home(self, slot: str, key: str) -> bool:
         """Puts the home of ``key`` into the slot: theirs by rename, or, where they have none, the slot's blank
@@ -93,38 +199,203 @@ class Slots:
 
         Raises ``CortexError``: ``SESSION_CONFLICT`` when the slot is another's or the home is in another slot.
         """
-        raise NotImplementedError
+        place, rest = self._at(slot), self._home_at_rest(key)
+        self._must_be_free(slot, key)
+        with _mapped("move a home into its slot"):
+            if not _is_dir(rest):
+                self._set_owner(slot, key)
+                return False
+            if self.owner(slot) == key and _exists(place.home_dir):
+                self.quarantine(slot, "the home is at rest and in its slot")
+            elif _exists(place.home_dir):
+                self._drop_blank(place)
+            # The link first: after a crash in between the home is at rest still, and in one place.
+            self._set_owner(slot, key)
+            os.rename(rest, place.home_dir)
+        return True
+
+    def _must_be_free(self, slot: str, key: str) -> None:
+        holder = next((other for other, held in self.owners().items() if held == key and other != slot), None)
+        if holder is not None:
+            raise CortexError(
+                Code.SESSION_CONFLICT,
+                f"the home is in slot {holder}",
+                hint="its sandbox has to end first; after a change of sandbox.driver, change back and stop the session",
+            )
+        if self.owner(slot) not in (None, key):
+            raise CortexError(
+                Code.SESSION_CONFLICT,
+                f"slot {slot} holds another's home",
+                hint="a slot is claimed once; take a new one",
+            )
+
+    def _set_owner(self, slot: str, key: str) -> None:
+        if self.owner(slot) != key:
+            os.symlink(key, self._slots / slot / "owner")
+            self.owners()[slot] = key
+
+    def _clear_owner(self, slot: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self._slots / slot / "owner")
+        self.owners().pop(slot, None)
+
+    def _drop_blank(self, place: Slot) -> None:
+        try:
+            os.rmdir(place.home_dir)
+        except OSError:
+            discard(place.home_dir, self._trash)
 
     def release_home(self, slot: str, key: str) -> None:
         """Takes the home out of the slot to rest. Only for a sandbox known to be dead. Idempotent.
 
         What is no plain directory, or would overwrite a home at rest, is quarantined.
         """
-        raise NotImplementedError
+        place, rest = self._at(slot), self._home_at_rest(key)
+        owner = self.owner(slot)
+        if owner is None:
+            return
+        if owner != key:
+            raise CortexError(Code.SESSION_CONFLICT, f"slot {slot} holds another's home", hint="release the right home")
+        with _mapped("take a home out of its slot"):
+            if _exists(place.home_dir):
+                reason = self._why_not_rest(slot, key)
+                if reason:
+                    self.quarantine(slot, reason)
+                    return
+                rest.parent.mkdir(mode=0o700, exist_ok=True)
+                os.rename(place.home_dir, rest)
+            self._clear_owner(slot)
+
+    def _why_not_rest(self, slot: str, key: str) -> str:
+        if not _is_dir(self._at(slot).home_dir):
+            return "the home is no directory"
+        if _exists(self._home_at_rest(key)):
+            return "a home of the same key is at rest"
+        if any(other != slot and held == key for other, held in self.owners().items()):
+            return "a home of the same key is in another slot"
+        return ""
 
     def quarantine(self, slot: str, reason: str) -> Path | None:
         """Moves the slot's home aside for an operator to look at; returns where it is now."""
-        raise NotImplementedError
+        return self._set_aside(self._at(slot).home_dir, self.owner(slot) or slot, reason, slot)
+
+    def quarantine_rest(self, key: str, reason: str) -> Path | None:
+        """The same for a home at rest."""
+        return self._set_aside(self._home_at_rest(key), key, reason, None)
+
+    def _set_aside(self, home: Path, name: str, reason: str, slot: str | None) -> Path | None:
+        target = self._quarantine / f"{name}.{secrets.token_hex(4)}"
+        with _mapped("quarantine a home"):
+            moved = _exists(home)
+            if moved:
+                os.rename(home, target)
+            if slot is not None:
+                self._clear_owner(slot)
+        if not moved:
+            return None
+        log.error("home_quarantined", slot=slot, reason=reason, path=str(target))
+        return target
 
     async def remove(self, slot: str) -> None:
         """Erases the slot and what is in it; a home must have been released before. Idempotent.
 
-        It is out of sight at once; big trees are erased in a thread.
+        It is out of sight at once; big trees are erased in a thread. Raises ``SESSION_CONFLICT`` while
+        somebody's home is in it.
         """
-        raise NotImplementedError
+        place = self._at(slot)
+        if self.owner(slot) is not None and _exists(place.home_dir):
+            raise CortexError(
+                Code.SESSION_CONFLICT, f"slot {slot} holds a user's home", hint="release the home before its slot"
+            )
+        with _mapped("remove a slot"):
+            name = discard(place.root, self._trash)
+        self.owners().pop(slot, None)
+        await self._erase(name)
+
+    async def _erase(self, name: str | None) -> None:
+        if name is None:
+            return
+        try:
+            await asyncio.to_thread(erase, self._trash, name)
+        except OSError as error:
+            # It stays in the trash, which the next start empties again.
+            log.error("erase_failed", path=str(self._trash / name), error=str(error))
 
     def journal_dir(self, key: str) -> Path:
         """The journal directory of a home, made 0700 when it is missing."""
-        raise NotImplementedError
+        path = self._home_at_rest(key).parent / "journal"
+        with _mapped("make a journal directory"):
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            path.mkdir(mode=0o700, exist_ok=True)
+        return path
 
     def has_home(self, key: str) -> bool:
         """Whether a home of that key is at rest."""
-        raise NotImplementedError
+        return _is_dir(self._home_at_rest(key))
 
     async def erase_home(self, key: str) -> None:
         """Erases home and journal of ``key`` for good. Raises ``SESSION_CONFLICT`` while it is in a slot."""
-        raise NotImplementedError
+        path = self._home_at_rest(key).parent
+        if key in self.owners().values():
+            raise CortexError(Code.SESSION_CONFLICT, "the home is in a slot", hint="stop its session first")
+        with _mapped("erase a home"):
+            name = discard(path, self._trash)
+        await self._erase(name)
 
     async def empty_trash(self) -> None:
         """Erases what an earlier run left half erased."""
-        raise NotImplementedError
+        with _mapped("empty the trash"):
+            names = os.listdir(self._trash)
+        for name in names:
+            await self._erase(name)
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _longest_state_dir() -> int:
+    return MAX_SOCKET_PATH - len(f"/slots/{'0' * 8}/sock/{_LONGEST_SOCKET}")
+
+
+def _proof_failed(error: OSError, at: Path, uid: int) -> CortexError:
+    if error.errno == errno.EXDEV:
+        return CortexError(
+            Code.BAD_CONFIG,
+            f"a directory cannot be renamed from {at.parent} to its neighbours: they are different mounts",
+            hint="put the whole of broker.state_dir on one mount (two bind mounts of one file system are two)",
+            cause=error,
+        )
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return CortexError(
+            Code.BAD_CONFIG,
+            f"the broker may not give a directory to the sandbox's uid {uid}",
+            hint="run as root, or with CAP_CHOWN, CAP_DAC_OVERRIDE and CAP_FOWNER, or set sandbox.uid to your own uid",
+            cause=error,
+        )
+    return _error("prove the state directory", error)
+
+
+def _error(doing: str, error: OSError) -> CortexError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CortexError(
+            Code.DISK_FULL, f"no space left to {doing}", hint="free space under broker.state_dir", cause=error
+        )
+    return CortexError(
+        Code.STORE_ERROR, f"could not {doing}", hint="look at owner and mode of broker.state_dir", cause=error
+    )
+
+
+@contextmanager
+def _mapped(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _error(doing, error) from error
