@@ -245,15 +245,15 @@ class Slots:
         except OSError:
             discard(place.home_dir, self._trash)
 
-    def release_home(self, slot: str, key: str) -> None:
+    def release_home(self, slot: str, key: str) -> bool:
         """Takes the home out of the slot to rest. Only for a sandbox known to be dead. Idempotent.
 
-        What is no plain directory, or would overwrite a home at rest, is quarantined.
+        What is no plain directory, or is a second home of that key, is quarantined: False then.
         """
         place, rest = self._at(slot), self._home_at_rest(key)
         owner = self.owner(slot)
         if owner is None:
-            return
+            return True
         if owner != key:
             raise CortexError(Code.SESSION_CONFLICT, f"slot {slot} holds another's home", hint="release the right home")
         with _mapped("take a home out of its slot"):
@@ -261,10 +261,11 @@ class Slots:
                 reason = self._why_not_rest(slot, key)
                 if reason:
                     self.quarantine(slot, reason)
-                    return
+                    return False
                 rest.parent.mkdir(mode=0o700, exist_ok=True)
                 os.rename(place.home_dir, rest)
             self._clear_owner(slot)
+        return True
 
     def _why_not_rest(self, slot: str, key: str) -> str:
         if not _is_dir(self._at(slot).home_dir):
