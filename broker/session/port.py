@@ -52,7 +52,9 @@ class SessionPort(Protocol):
     user: str
     workspace: str
     agent: str
-    protocol: Literal["acp", "websocket"]
+
+    @property
+    def protocol(self) -> Literal["acp", "websocket"]: ...
 
     @property
     def state(self) -> State: ...

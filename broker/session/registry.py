@@ -17,7 +17,6 @@ import structlog
 from broker.config import USER_ID
 from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
-from broker.metrics import SESSIONS
 from broker.sandbox.reconcile import Adopted
 from broker.sandbox.slots import home_key
 from broker.session.directory import Directory
@@ -236,7 +235,7 @@ class Registry:
 
     def states(self) -> dict[str, int]:
         """How many held sessions are in each state."""
-        counts = {str(labels[0]): 0 for labels in SESSIONS._metrics}
+        counts: dict[str, int] = {}
         for session in self._sessions.values():
             counts[session.state] = counts.get(session.state, 0) + 1
         return counts
