@@ -1,0 +1,137 @@
+"""Applies the parts of a bind. What is applied is known in memory only: a restart has nothing."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from sandbox_agent import homefiles
+from sandbox_agent.port import AgentHub
+from sandbox_agent.spawn import SpawnError
+from sandbox_agent.wire.codec import WireError
+from sandbox_agent.wire.messages import AgentSpec, Bind, Bound
+
+ORDER = ("files", "settings", "mcp", "process")
+"""Files and settings first: an agent that starts reads them."""
+MAX_FILES = 256
+MAX_FILE_BYTES = 2**20
+
+
+class BindError(Exception):
+    """A part that cannot be applied."""
+
+    def __init__(self, code: str, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.code = code
+        self.what = what
+        self.hint = hint
+
+
+class Runner(Protocol):
+    """The part of ``process.AgentProcess`` that a bind needs."""
+
+    def want(self, spec: AgentSpec) -> str:
+        """Runs ``spec``; returns the effect. Raises ``SpawnError``."""
+
+
+class Binder:
+    """``applied``: hash by part. A part whose hash is equal is not touched."""
+
+    def __init__(self, *, home: str, hub: AgentHub, process: Runner) -> None:
+        self.applied: dict[str, str] = {}
+        self._home = home
+        self._hub = hub
+        self._process = process
+        self._files: set[str] = set()
+
+    def apply(self, bind: Bind) -> Bound:
+        """All parts are checked before the first is applied. Never raises."""
+        effect: dict[str, str] = {}
+        try:
+            actions = {name: self._action(name, value) for name, value in bind.parts.items()}
+            for name in sorted(actions, key=ORDER.index):
+                wanted = bind.hashes.get(name, "")
+                if wanted and wanted == self.applied.get(name):
+                    effect[name] = "now"
+                    continue
+                self.applied.pop(name, None)
+                effect[name] = actions[name]()
+                self.applied[name] = wanted
+        except (BindError, SpawnError) as error:
+            return Bound(bind.id, False, dict(self.applied), effect, error.code, str(error)[:2000], error.hint)
+        return Bound(bind.id, True, dict(self.applied), effect)
+
+    def forget_process(self) -> None:
+        """The agent has failed for good; the next bind starts it whatever its hash."""
+        self.applied.pop("process", None)
+
+    def _action(self, name: str, value: Any) -> Callable[[], str]:
+        if name == "process":
+            spec = _spec(value)
+            return lambda: self._process.want(spec)
+        if name == "mcp":
+            servers = _maps(name, value)
+            return lambda: self._hub.set_mcp(servers)
+        if name == "files":
+            files = [_file(self._home, item) for item in _maps(name, value)[:MAX_FILES]]
+            return lambda: self._put_files(files)
+        if name == "settings":
+            if not isinstance(value, dict):
+                raise _invalid("settings is not a map")
+            return lambda: self._hub.set_settings(value)
+        raise _invalid(f"unknown part {name[:40]!r}")
+
+    def _put_files(self, files: list[tuple[str, int, bytes]]) -> str:
+        try:
+            for path, mode, content in files:
+                homefiles.write(self._home, path, content, mode)
+                self._files.add(path)
+            for path in self._files - {path for path, _, _ in files}:
+                homefiles.remove(self._home, path)
+                self._files.discard(path)
+        except homefiles.UnsafePath as error:
+            raise BindError(
+                "config.invalid_section", str(error), "remove the link in the home, or change the path"
+            ) from error
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise BindError(
+                "store.disk_full" if full else "config.invalid_section",
+                f"a file cannot be written: {error}",
+                "make room on the disk" if full else "look at what is at that path in the home",
+            ) from error
+        return "now"
+
+
+def _invalid(what: str) -> BindError:
+    return BindError("request.invalid", what, "broker and sandbox image are of different versions; update the image")
+
+
+def _spec(value: Any) -> AgentSpec:
+    try:
+        spec = AgentSpec.decode(value if isinstance(value, dict) else {})
+    except WireError as error:
+        raise _invalid(str(error)) from error
+    if not spec.command:
+        raise _invalid("the agent's command is empty")
+    return spec
+
+
+def _maps(name: str, value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise _invalid(f"{name} is not a list of maps")
+    return value
+
+
+def _file(home: str, item: dict[str, Any]) -> tuple[str, int, bytes]:
+    path, mode, content = item.get("path"), item.get("mode", 0o600), item.get("content")
+    if not isinstance(path, str) or not isinstance(mode, int) or not isinstance(content, bytes):
+        raise _invalid("a file is {path, mode, content}")
+    if len(content) > MAX_FILE_BYTES:
+        raise _invalid(f"file {path!r} is over {MAX_FILE_BYTES} bytes")
+    try:
+        homefiles.parts_below(home, path)
+    except homefiles.UnsafePath as error:
+        raise BindError("config.invalid_section", str(error), "a file's path lies below the home") from error
+    return path, mode & 0o700, content

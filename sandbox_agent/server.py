@@ -1,0 +1,267 @@
+"""The agent server after the boot: puts the parts together, runs and stops them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import uvloop
+
+from sandbox_agent import packages
+from sandbox_agent.bind import Binder
+from sandbox_agent.boot import Booted, say
+from sandbox_agent.control import Control
+from sandbox_agent.forward import Forwarder
+from sandbox_agent.homefiles import UnsafePath, write_missing
+from sandbox_agent.port import AgentHub
+from sandbox_agent.process import AgentProcess
+from sandbox_agent.raw import RawClients, port_ready, refuse
+from sandbox_agent.spawn import fill
+from sandbox_agent.streams import Streams
+from sandbox_agent.tasks import TaskOwner, log
+from sandbox_agent.wire.codec import WireError
+from sandbox_agent.wire.messages import Attach, Bind, Build, Built, Hello, Message, Probe, Status, Stop, Welcome
+
+SIGNAL_GRACE_S = 5.0
+REAP_EVERY_S = 5.0
+"""Only as process 1, where orphans become ours."""
+
+MakeHub = Callable[[str, Welcome, Callable[[], None]], AgentHub]
+"""Arguments: the socket directory, the welcome, on_change."""
+
+
+def make_acp_hub(socket_dir: str, welcome: Welcome, on_change: Callable[[], None]) -> AgentHub:
+    """The real hub, with its journal."""
+    from sandbox_agent.acp import AcpHub
+    from sandbox_agent.journal_link import JournalLink
+
+    grant = JournalLink(os.path.join(socket_dir, "agent"), welcome.secret)
+    return AcpHub(welcome=welcome, grant=grant, on_change=on_change)
+
+
+def serve(booted: Booted, make_hub: MakeHub = make_acp_hub) -> int:
+    """Runs until told to stop; returns the exit code."""
+    try:
+        welcome = Welcome.decode(booted.welcome)
+    except WireError as error:
+        say(f"the welcome is broken: {error}")
+        return 70
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(booted, welcome, make_hub))
+
+
+async def _run(booted: Booted, welcome: Welcome, make_hub: MakeHub) -> int:
+    return await Server(booted, welcome, make_hub).run()
+
+
+class Server:
+    """Owns every part; each of them knows only the callables it was given."""
+
+    def __init__(self, booted: Booted, welcome: Welcome, make_hub: MakeHub) -> None:
+        self._booted = booted
+        self._welcome = welcome
+        self._tasks = TaskOwner("server")
+        self._stop: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._said: Status | None = None
+        self._saying = False
+        self._building = False
+        path = os.path.join(booted.socket_dir, "agent")
+        self.raw = RawClients(port=lambda: self.process.port, on_change=self._changed)
+        self.hub = make_hub(booted.socket_dir, welcome, self._changed)
+        self.process = AgentProcess(
+            hub=self.hub,
+            surroundings=booted.surroundings,
+            max_line=welcome.max_message_bytes,
+            on_change=self._changed,
+            port_ready=port_ready,
+            raw_clients=lambda: self.raw.count,
+        )
+        self.binder = Binder(home=booted.surroundings.home, hub=self.hub, process=self.process)
+        self.streams = Streams(path, secret=welcome.secret, count=welcome.streams, serve=self._attached)
+        self.control = Control(
+            path,
+            secret=welcome.secret,
+            hello=self._hello,
+            on_message=self._message,
+            on_up=self._up,
+            on_down=self.streams.down,
+        )
+        self.forwarders = [
+            Forwarder(booted.gateway, os.path.join(booted.socket_dir, "gateway")),
+            Forwarder(booted.egress, os.path.join(booted.socket_dir, "egress")),
+        ]
+
+    async def run(self) -> int:
+        """Until a stop message, SIGTERM or SIGINT."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ask_to_stop, SIGNAL_GRACE_S)
+        self._adopt_agent()
+        self._essential(self.control.run(self._booted.control), "control")
+        agent = self._essential(self.process.run(), "agent")
+        for forwarder in self.forwarders:
+            await forwarder.start()
+        if os.getpid() == 1:
+            loop.call_later(REAP_EVERY_S, self._reap)
+        gc.collect()
+        gc.freeze()  # what is imported stays: the collector need not look at it again
+        grace = await self._stop
+        await self._shut_down(agent, grace)
+        return 0
+
+    def _adopt_agent(self) -> None:
+        spec = self._welcome.agent_spec
+        if spec is None:
+            return
+        self.process.adopt(self._booted.child, self._booted.failure, spec)
+        if self._booted.child is not None:
+            self.binder.applied["process"] = self._welcome.agent_hash
+
+    async def _shut_down(self, agent: asyncio.Task[None], grace_s: float) -> None:
+        await self.process.stop(grace_s * 0.6)
+        await asyncio.wait([agent], timeout=1.0)
+        try:
+            async with asyncio.timeout(max(0.5, grace_s * 0.3)):
+                await self.hub.close()
+        except TimeoutError:
+            log.error("the journal did not close in time")
+        self._say()
+        await self.control.close()
+        await self.streams.close()
+        await self.raw.close()
+        for forwarder in self.forwarders:
+            await forwarder.close()
+        await self._tasks.close(timeout=1.0)
+
+    def _essential(self, coro: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A part without which there is no server: its crash ends the sandbox, which the broker sees."""
+
+        def crashed(error: BaseException) -> None:
+            log.error("%s failed", name, exc_info=error)
+            self._ask_to_stop(1.0)
+
+        return self._tasks.start(coro, name, on_error=crashed)
+
+    def _ask_to_stop(self, grace_s: float) -> None:
+        if not self._stop.done():
+            self._stop.set_result(grace_s)
+
+    # -- to the broker --------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        return Hello(
+            pid=os.getpid(),
+            applied=dict(self.binder.applied),
+            agent=self.process.state,
+            agent_info=self.hub.agent_info,
+            open_turns=self.hub.open_turns,
+        )
+
+    def _status(self, number: int = 0, *, pss: int = 0) -> Status:
+        process = self.process
+        return Status(
+            agent=process.state,
+            id=number,
+            agent_info=self.hub.agent_info,
+            agent_pid=process.pid,
+            code=process.code,
+            what=process.what,
+            hint=process.hint,
+            open_turns=self.hub.open_turns,
+            clients=self.hub.clients + self.raw.count,
+            pss_bytes=pss,
+            started_ms=self._booted.started_ms,
+        )
+
+    def _up(self) -> None:
+        self.streams.up()
+        self._said = None
+        self._changed()
+
+    def _changed(self) -> None:
+        """Many changes in one turn of the loop make one status."""
+        if not self._saying:
+            self._saying = True
+            asyncio.get_running_loop().call_soon(self._say)
+
+    def _say(self) -> None:
+        self._saying = False
+        self.process.noticed()
+        if self.process.state == "failed":
+            self.binder.forget_process()
+        status = self._status()
+        if status != self._said and self.control.up:
+            self._said = status
+            self.control.send(status)
+
+    # -- from the broker ------------------------------------------------------------------------
+
+    def _message(self, message: Message) -> None:
+        if isinstance(message, Bind):
+            self._put_agent_files()
+            self.control.send(self.binder.apply(message))
+        elif isinstance(message, Probe):
+            self.control.send(self._status(message.id, pss=own_pss()))
+        elif isinstance(message, Stop):
+            self._ask_to_stop(message.grace_s)
+        elif isinstance(message, Build):
+            self._tasks.start(self._build(message), "build")
+
+    def _put_agent_files(self) -> None:
+        """The home may be another than the one the agent was started with."""
+        spec, surroundings = self.process.spec, self._booted.surroundings
+        if spec is None or not spec.files:
+            return
+        places = surroundings.places()
+        try:
+            files = {fill(path, places): fill(text, places) for path, text in spec.files.items()}
+            write_missing(surroundings.home, files)
+        except (UnsafePath, OSError) as error:
+            log.warning("a file of the agent cannot be written: %s", error)
+
+    async def _build(self, message: Build) -> None:
+        if self._building:
+            self.control.send(Built(message.id, False, what="another build is running in this sandbox"))
+            return
+        self._building = True
+        try:
+            self.control.send(await packages.build(message, self._booted.surroundings))
+        finally:
+            self._building = False
+
+    def _attached(self, sock: Any, attach: Attach) -> None:
+        wanted = "raw" if self.process.websocket else "acp"
+        if attach.protocol != wanted:
+            refuse(sock, 4400, f"session.wrong_protocol: this agent is reached at /{wanted}")
+        elif wanted == "raw":
+            self.raw.serve(sock, attach)
+        else:
+            self.hub.serve(sock, attach)
+
+    def _reap(self) -> None:
+        """Takes in orphans, never the agent: its own watch wants the status."""
+        asyncio.get_running_loop().call_later(REAP_EVERY_S, self._reap)
+        while not self._building:
+            try:
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if info is None or info.si_pid == self.process.pid:
+                return
+            os.waitpid(info.si_pid, os.WNOHANG)
+
+
+def own_pss() -> int:
+    """Proportional set size of this process in bytes; 0 where the kernel does not say."""
+    try:
+        with open("/proc/self/smaps_rollup") as file:
+            for line in file:
+                if line.startswith("Pss:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return 0
