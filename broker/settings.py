@@ -71,6 +71,14 @@ class _Sources:
         line = line_of(self.lines, path)
         return "" if line is None else f"{self.path}:{line}"
 
+    def has(self, path: Sequence[str]) -> bool:
+        table: Any = self.tree
+        for part in path:
+            if not isinstance(table, dict) or part not in table:
+                return False
+            table = table[part]
+        return True
+
     def set(self, path: Sequence[str], value: object, origin: str) -> None:
         table = self.tree
         for part in path[:-1]:
@@ -104,7 +112,7 @@ def load(
     for key, value in (overrides or {}).items():
         sources.set(key.split("."), value, "command line")
     config = _validated(sources)
-    origins = {dotted(key): sources.origin(key) or "default" for key, _ in leaves(config)}
+    origins = {dotted(key): sources.origin(key) if sources.has(key) else "default" for key, _ in leaves(config)}
     config = _Resolver(sources, origins).resolve(config)
     for check in checks:
         sources.problems.extend(check(config))
