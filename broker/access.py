@@ -10,11 +10,11 @@ import base64
 import binascii
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from broker.config import USER_ID, Config
 from broker.errors import Code, CortexError
@@ -30,6 +30,7 @@ MAX_SIGNATURES = 16
 RECEIPT_LIFE_S = 3 * 86_400.0
 """How long a hook's first answer can be had again; senders retry for hours."""
 PRUNE_EVERY_S = 600.0
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -275,9 +276,8 @@ class Access:
 
 def check_host(host: str | None, allowed: Sequence[str], key: str) -> None:
     """Names without port are compared, case aside; against DNS rebinding. Raises ``HOST_FORBIDDEN``."""
-    name = (urlsplit(f"//{host}").netloc.lower() if host and "@" not in host else "").strip()
-    bare = name[: name.rfind(":")] if ":" in name.rpartition("]")[2] else name
-    if not bare or bare not in {entry.lower() for entry in allowed}:
+    match = _HOST.fullmatch(host.lower()) if host else None
+    if match is None or match[1] not in {entry.lower() for entry in allowed}:
         raise CortexError(
             Code.HOST_FORBIDDEN,
             f"the request names host {(host or '')[:128]!r}",
