@@ -45,7 +45,7 @@ def length(prefix: bytes, *, limit: int = MAX_MESSAGE) -> int:
 def unpack(body: bytes) -> dict[str, Any]:
     """The map in ``body``. Raises ``WireError`` for anything else."""
     try:
-        message = msgpack.unpackb(body, raw=False, strict_map_key=True, max_buffer_size=MAX_MESSAGE)
+        message = msgpack.unpackb(body, raw=False, strict_map_key=True)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise WireError(f"not msgpack: {error}") from error
     if not isinstance(message, dict):
