@@ -197,7 +197,7 @@ class Access:
         self._tickets[_digest(token)] = Grant(user, workspace, now + TICKET_TTL_S)
         return Minted(token, now + TICKET_TTL_S)
 
-    def redeem_ticket(self, ticket: str) -> Grant:
+    async def redeem(self, ticket: str) -> Grant:
         """Uses a ticket up. Raises ``TOKEN_INVALID`` (also the second time) or ``TOKEN_EXPIRED``."""
         parse_token(ticket)
         grant = self._tickets.pop(_digest(ticket), None)

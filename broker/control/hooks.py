@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from broker.control import schema
-from broker.control.requests import answer, background, parse, raw_body
+from broker.control.requests import answer, parse, raw_body
 from broker.control.routes import control
 from broker.control.sessions import attachable
 
@@ -31,7 +31,6 @@ async def session(request: web.Request) -> web.Response:
         found = await context.registry.load(wanted.user, wanted.workspace)
     else:
         found, created = await context.registry.create(wanted.user, wanted.workspace, wanted.agent)
-        background(request, found.wait_ready, "hook")
     if wanted.action == "prewarm":
         await context.access.admit_hook(call, wanted.user, wanted.workspace)
         return answer(schema.Accepted(user=found.user, workspace=found.workspace), 202)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import structlog
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
@@ -19,8 +17,6 @@ M = TypeVar("M", bound=BaseModel)
 
 BODY_TIMEOUT_S = 30.0
 """How long a request's body may take to arrive."""
-
-log = structlog.get_logger(__name__)
 
 
 def answer(model: BaseModel, status: int = 200) -> web.Response:
@@ -80,18 +76,6 @@ def user_of(request: web.Request) -> str:
 def workspace_of(request: web.Request) -> str:
     """The workspace in the path. Raises ``BAD_USER_ID``."""
     return check_user_id(request.match_info["workspace"], "workspace name")
-
-
-def background(request: web.Request, work: Callable[[], Awaitable[None]], name: str) -> None:
-    """Runs ``work`` after the answer; its failure is logged, the session says it too."""
-
-    async def run() -> None:
-        try:
-            await work()
-        except CortexError as error:
-            log.warning("control_background_failed", work=name, code=error.code.slug, what=error.what)
-
-    control(request).tasks.start(run(), name)
 
 
 def _bad_request(error: ValidationError, model: type[BaseModel]) -> CortexError:

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from broker.access import Minted
 from broker.control import schema
-from broker.control.requests import answer, background, body, query, user_of, workspace_of
+from broker.control.requests import answer, body, query, user_of, workspace_of
 from broker.control.routes import Control, control
 from broker.errors import Code, CortexError
 from broker.session.port import SessionPort
@@ -48,8 +48,6 @@ async def create(request: web.Request) -> web.Response:
     session, created = await context.registry.create(wanted.user, wanted.workspace, wanted.agent)
     if wanted.wait == "ready":
         await wait_ready(context, session)
-    else:
-        background(request, session.wait_ready, "bringup")
     minted = await context.access.mint(session.user, session.workspace)
     return answer(attachable(context, session, minted), 201 if created else 200)
 
@@ -99,7 +97,6 @@ async def prewarm(request: web.Request) -> web.Response:
     """Says that this user will come."""
     context = control(request)
     session, _ = await context.registry.create(user_of(request), workspace_of(request), None)
-    background(request, session.wait_ready, "prewarm")
     return answer(schema.Accepted(user=session.user, workspace=session.workspace), 202)
 
 

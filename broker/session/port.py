@@ -96,7 +96,9 @@ class RegistryPort(Protocol):
         """The session if it is in memory; no I/O."""
 
     async def create(self, user: str, workspace: str, agent: str | None) -> tuple[SessionPort, bool]:
-        """Creates or loads; the flag says created. Raises ``UNKNOWN_AGENT`` or ``SESSION_CONFLICT`` (other agent)."""
+        """Creates or loads, and starts its bring-up without waiting; the flag says created.
+
+        Raises ``UNKNOWN_AGENT`` or ``SESSION_CONFLICT`` (other agent)."""
 
     async def load(self, user: str, workspace: str) -> SessionPort:
         """Raises ``NO_SESSION``."""

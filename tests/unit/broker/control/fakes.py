@@ -112,6 +112,7 @@ class FakeSession:
         self.step.set()
         self.turns_done = asyncio.Event()
         self.stops = 0
+        self.woken = 0
 
     def attach(self, client: AttachedClient) -> None:
         self.clients.append(client)
@@ -179,9 +180,11 @@ class FakeRegistry:
         found = self.sessions.get((user, workspace))
         if found is None:
             found = self.sessions[user, workspace] = FakeSession(user, workspace, agent or "demo", self.tasks)
+            found.woken += 1
             return found, True
         if agent not in (None, found.agent):
             raise CortexError(Code.SESSION_CONFLICT, "it has another agent", hint="delete it first")
+        found.woken += 1
         return found, False
 
     async def load(self, user: str, workspace: str) -> FakeSession:
