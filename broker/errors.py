@@ -65,6 +65,7 @@ class Code(Enum):
     STORE_LOCKED = ("store.locked", 503, 1011, False)
     STORE_ERROR = ("store.error", 500, 1011, True)
     RESTARTING = ("broker.restarting", 503, 1012, True)
+    UNREACHABLE = ("broker.unreachable", 503, 1013, True)
     GATEWAY_DOWN = ("gateway.down", 503, 1013, True)
     GATEWAY_UNCLAIMED = ("gateway.unclaimed", 503, 1013, True)
     GATEWAY_BUSY = ("gateway.too_many_connections", 429, 4429, True)

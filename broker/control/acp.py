@@ -1,7 +1,4 @@
-"""An ACP client inside the broker, on a stream of a session: for turns over plain HTTP.
-
-One coroutine drives it: it sends a request and hands on what comes until the answer is there.
-"""
+"""ACP clients driven by one coroutine; one of them sits on a stream of a session, for turns over plain HTTP."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -31,19 +29,19 @@ TURN_SILENCE_S = 3600.0
 _CODES = {code.slug: code for code in Code}
 
 
-class AcpStream:
-    """Owns ``sock``, a stream whose attach header is written. Client frames are masked (RFC 6455)."""
+class AcpCaller(ABC):
+    """Calls an agent server: sends a request and hands on what comes until the answer is there."""
 
-    def __init__(self, sock: socket.socket, *, max_message_bytes: int) -> None:
-        self._sock = sock
-        self._ws = ClientProtocol(parse_uri("ws://session/"), state=State.OPEN, max_size=max_message_bytes)
-        self._max = max_message_bytes
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._waiting: deque[Message] = deque()
+    def __init__(self) -> None:
         self._next_id = 0
-        self.ended: CortexError | None = None
-        """Why it was closed from this side."""
+
+    @abstractmethod
+    async def send(self, message: Message) -> None:
+        """Sends one JSON-RPC message. Raises ``CortexError``."""
+
+    @abstractmethod
+    async def receive(self) -> Message:
+        """The next JSON-RPC message. Raises ``CortexError``."""
 
     async def call(
         self, method: str, params: Message, on_message: OnMessage | None = None, *, silence_s: float = CALL_TIMEOUT_S
@@ -51,7 +49,7 @@ class AcpStream:
         """Sends a request and returns the whole answer (``result`` in it); notifications and requests of
         the agent go to ``on_message``.
 
-        Raises ``CortexError``: the agent's error, a stream that ended, or ``silence_s`` without a message.
+        Raises ``CortexError``: the agent's error, a connection that ended, or ``silence_s`` without a message.
         """
         self._next_id += 1
         wanted = self._next_id
@@ -59,7 +57,7 @@ class AcpStream:
         while True:
             try:
                 async with asyncio.timeout(silence_s):
-                    message = await self._receive()
+                    message = await self.receive()
             except TimeoutError as error:
                 raise CortexError(
                     Code.AGENT_FAILED,
@@ -71,6 +69,21 @@ class AcpStream:
                     await on_message(message)
             elif message.get("id") == wanted:
                 return _checked(message, method)
+
+
+class AcpStream(AcpCaller):
+    """Owns ``sock``, a stream whose attach header is written. Client frames are masked (RFC 6455)."""
+
+    def __init__(self, sock: socket.socket, *, max_message_bytes: int) -> None:
+        super().__init__()
+        self._sock = sock
+        self._ws = ClientProtocol(parse_uri("ws://session/"), state=State.OPEN, max_size=max_message_bytes)
+        self._max = max_message_bytes
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._waiting: deque[Message] = deque()
+        self.ended: CortexError | None = None
+        """Why it was closed from this side."""
 
     async def send(self, message: Message) -> None:
         """Sends one message as a text frame."""
@@ -87,7 +100,8 @@ class AcpStream:
         """Frees the socket; only when no call is pending."""
         self._sock.close()
 
-    async def _receive(self) -> Message:
+    async def receive(self) -> Message:
+        """The next message; control frames are answered here."""
         while not self._waiting:
             data = await self._read()
             try:
@@ -123,7 +137,7 @@ class AcpStream:
             raise _broken("a message is too big")
         if frame.fin:
             text, self._parts, self._size = b"".join(self._parts), [], 0
-            self._waiting.append(_message(text))
+            self._waiting.append(parse_message(text))
 
     async def _flush(self) -> None:
         data = b"".join(self._ws.data_to_send())
@@ -136,7 +150,8 @@ class AcpStream:
             raise self.ended or _broken(error.strerror or "the stream broke") from error
 
 
-def _message(text: bytes) -> Message:
+def parse_message(text: bytes | str) -> Message:
+    """One JSON-RPC message. Raises ``AGENT_FAILED``."""
     try:
         message = json.loads(text)
     except (ValueError, RecursionError) as error:
