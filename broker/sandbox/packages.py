@@ -20,9 +20,10 @@ from broker.config import Config
 from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
 from broker.metrics import PACKAGES
-from broker.sandbox.builder import Builder, BuilderNetwork, Package
+from broker.sandbox.builder import Builder, BuilderNetwork
 from broker.sandbox.driver import PACKAGES_DIR, SandboxDriver
 from broker.sandbox.package_calls import PackageCall, parse
+from broker.sandbox.shelf_files import Package
 from broker.sandbox.slots import Slots
 
 __all__ = ["BuilderNetwork", "PackageIndex", "PackageShelf", "Resolved"]
