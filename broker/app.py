@@ -1,0 +1,306 @@
+"""START HERE: the life of the broker, top to bottom: build, start, run, reload, drain, stop.
+
+The only module that sees every other. What is started first is stopped last; a stop ends no
+sandbox: agents go on working and the next broker takes them over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+
+import structlog
+
+from broker.access import Access
+from broker.config import Config
+from broker.control import keyfiles
+from broker.control.api import ControlServer
+from broker.control.routes import Control
+from broker.errors import CortexError
+from broker.front.door import FrontDoor
+from broker.gateway.child import GatewayChild
+from broker.gateway.link import GatewayLink
+from broker.host.lag import LagMeter
+from broker.host.listen import listen, url
+from broker.host.signals import Signals
+from broker.host.systemd import Notifier, feed_watchdog, listen_fds
+from broker.host.tasks import TaskOwner
+from broker.host.watch import watch
+from broker.metrics import CONFIG_RELOADS
+from broker.sandbox.drivers import make_driver
+from broker.sandbox.packages import PackageShelf
+from broker.sandbox.reconcile import reconcile
+from broker.sandbox.slots import Slots
+from broker.session.assembly import Assembler
+from broker.session.directory import Solo
+from broker.session.providers import FileCredentials
+from broker.session.registry import Registry
+from broker.session.sandbox import Runtime
+from broker.session.sources import FilesSource, HttpSource, StoreSource
+from broker.settings import Loaded, changed, load
+from broker.store.db import Database
+from broker.store.identity import load as load_identity
+from broker.store.packages import PackageStore
+from broker.store.sessions import SessionStore
+from broker.store.tokens import TokenStore
+from broker.store.users import UserStore
+
+log = structlog.get_logger(__name__)
+
+LAG_LIMIT_S = 5.0
+"""Loop lag at which the watchdog is no longer fed."""
+SERVICE_UID = 64321
+"""Uid of sandboxes unless configured, where the broker may give files away."""
+
+
+class Broker:
+    """One broker. ``start`` and ``stop`` for tests and the demo; ``run`` for a service."""
+
+    registry: Registry
+    access: Access
+    admin_token: str
+    control_url: str
+    front_url: str
+
+    def __init__(self, loaded: Loaded, overrides: Mapping[str, object] | None = None) -> None:
+        self._loaded = loaded
+        self._overrides = dict(overrides or {})
+        self._tasks = TaskOwner("broker")
+        self._notifier = Notifier()
+        self._passed = listen_fds()
+        self._lag = LagMeter()
+        self._stopping = asyncio.Event()
+
+    def config(self) -> Config:
+        """The settings of the moment."""
+        return self._loaded.config
+
+    # -- start ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Opens everything, from the store outwards. Raises ``CortexError``; then call ``stop``."""
+        raise_file_limit()
+        self._lag.start()
+        await self._open_state()
+        await self._open_sandboxes()
+        await self._take_over()
+        await self._open_doors()
+        self._watch()
+        log.info("started", front=self.front_url, control=self.control_url, driver=self.config().sandbox.driver)
+
+    async def _open_state(self) -> None:
+        config = self.config()
+        state_dir, runtime_dir = _place(config.broker.state_dir), _place(config.broker.runtime_dir)
+        runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.db = await Database.open(state_dir)
+        self.identity = await asyncio.to_thread(load_identity, state_dir)
+        self.store = SessionStore(self.db)
+        self.users = UserStore(self.db)
+
+    async def _open_sandboxes(self) -> None:
+        config = self.config()
+        state_dir = _place(config.broker.state_dir)
+        self.slots = Slots(state_dir, uid=sandbox_uid(config))
+        self.slots.check()
+        self.driver = make_driver(config, self.identity.id, self._tasks, self.slots)
+        await self.driver.open()
+        self.gateway = GatewayLink(Path(config.gateway.link), self._tasks, settings=lambda: self.config().gateway)
+        await self.gateway.start()
+        self.gateway_child = GatewayChild(self.gateway, self._tasks)
+        if config.gateway.mode == "child":
+            await self.gateway_child.start()
+        self.shelf = PackageShelf(
+            driver=self.driver,
+            slots=self.slots,
+            index=PackageStore(self.db),
+            network=self.gateway,
+            config=self.config,
+            installation_key=self.identity.key,
+        )
+        self.http_source = HttpSource(self.config)
+        users_dir = _place(config.broker.users_dir)
+        sources = (FilesSource(users_dir), self.http_source, StoreSource(self.users))
+        runtime = Runtime(
+            config=self.config,
+            driver=self.driver,
+            slots=self.slots,
+            gateway=self.gateway,
+            store=self.store,
+            assembler=Assembler(sources, self.config),
+            shelf=self.shelf,
+            credentials=FileCredentials(),
+            installation_key=self.identity.key,
+            node=config.broker.node,
+        )
+        self.registry = Registry(runtime, Solo(config.broker.node))
+        self.registry.start()
+
+    async def _take_over(self) -> None:
+        """What the last broker left running goes on; what nobody knows any more goes away."""
+        rows = await self.store.sandboxes()
+        outcome = await reconcile(self.driver, self.slots, rows, self.store.sandbox_delete)
+        for adopted in outcome.adopted:
+            try:
+                await self.registry.adopt(adopted)
+            except CortexError as error:
+                log.error("not_adopted", slot=adopted.slot.id, error=str(error), hint=error.hint)
+        await self.gateway.table_complete()
+        log.info(
+            "reconciled",
+            adopted=len(outcome.adopted),
+            removed=len(outcome.removed),
+            quarantined=outcome.quarantined,
+            failed=outcome.failed,
+        )
+
+    async def _open_doors(self) -> None:
+        config = self.config()
+        self.admin_token = await asyncio.to_thread(
+            keyfiles.admin_token, Path(config.control.admin_token_file), make=True
+        )
+        hook_keys = await asyncio.to_thread(keyfiles.hook_keys, Path(config.control.hook_secrets_file), make=True)
+        self.access = Access(
+            TokenStore(self.db),
+            self.config,
+            self.identity.key,
+            admin_token=self.admin_token,
+            hook_keys=hook_keys,
+        )
+        front = listen(config.front.listen, "front.listen", self._passed)
+        self.front_url = url(front, "ws")
+        control = listen(config.control.listen, "control.listen", self._passed)
+        self.control_url = url(control, "http")
+        self.control = ControlServer(
+            Control(self.registry, self.access, self.users, self.config, lambda: self.front_url, self.health)
+        )
+        await self.control.start(*control)
+        self.front = FrontDoor(self.registry, self.access, self.config, self._tasks)
+        await self.front.start(front)
+
+    def _watch(self) -> None:
+        users_dir = _place(self.config().broker.users_dir)
+        users_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._tasks.start(watch(users_dir, self._users_changed, recursive=True), "watch_users")
+        if self._loaded.path is not None:
+            self._tasks.start(watch(self._loaded.path.parent, self._file_changed), "watch_config")
+
+    async def health(self) -> dict[str, str]:
+        """What readiness depends on: "" is good, else what is wrong."""
+        checks = {"store": "", "engine": "", "gateway": "" if self.gateway.connected else "the gateway is not connected"}
+        try:
+            await self.db.read("SELECT 1")
+        except CortexError as error:
+            checks["store"] = str(error)
+        try:
+            await self.driver.list()
+        except CortexError as error:
+            checks["engine"] = f"{error}; {error.hint}"
+        return checks
+
+    # -- changes while running -----------------------------------------------------------------
+
+    async def _users_changed(self, paths: set[Path]) -> None:
+        root = _place(self.config().broker.users_dir)
+        touched = {path.relative_to(root).parts for path in paths if path.suffix == ".toml"}
+        for user, section in sorted((parts[0], Path(parts[1]).stem) for parts in touched if len(parts) == 2):
+            for applied in await self.registry.config_changed(user, section):
+                log.info("user_config_applied", user=user, section=section, state=applied.state)
+
+    async def _file_changed(self, paths: set[Path]) -> None:
+        if self._loaded.path in paths:
+            await self.reload()
+
+    async def reload(self) -> None:
+        """Validates the file anew and swaps the tree; a wrong file changes nothing."""
+        if self._loaded.path is None:
+            return
+        self._notifier.reloading()
+        try:
+            new = await asyncio.to_thread(load, self._loaded.path, os.environ, overrides=self._overrides)
+        except CortexError as error:
+            CONFIG_RELOADS.labels("refused").inc()
+            log.error("reload_refused", error=str(error), hint=error.hint, problems=error.details.get("problems"))
+        else:
+            keys, need_restart = changed(self._loaded.config, new.config)
+            self._loaded = new
+            CONFIG_RELOADS.labels("applied").inc()
+            log.info("reloaded", changed=keys, need_restart=need_restart)
+            if keys:
+                self.registry.settings_reloaded()
+                await self.gateway.settings_changed()
+        self._notifier.ready(self._status())
+
+    # -- run and stop --------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Serves until SIGTERM or SIGINT; SIGHUP reloads; a second signal forces. Returns the exit status."""
+        forced = asyncio.Event()
+
+        def reload_soon() -> None:
+            self._tasks.start(self.reload(), "reload")
+
+        with Signals(stop=self._stopping.set, force=forced.set, reload=reload_soon):
+            try:
+                await self.start()
+                self._notifier.ready(self._status())
+                self._tasks.start(feed_watchdog(self._notifier, self._healthy), "watchdog")
+                await self._stopping.wait()
+                self._notifier.stopping("closing clients")
+                await self._drain(forced)
+            finally:
+                await self.stop()
+        return 0
+
+    def _healthy(self) -> bool:
+        self._notifier.status(self._status())
+        return self._lag.take_worst() < LAG_LIMIT_S
+
+    def _status(self) -> str:
+        states = self.registry.states()
+        return f"{sum(states.values())} sessions held, {states.get('ready', 0)} ready, {len(self.front)} connections"
+
+    async def _drain(self, forced: asyncio.Event) -> None:
+        """Clients are told to come back, which they do to the next broker."""
+        limit = self.config().broker.drain_timeout_s
+        closing = self._tasks.start(self.front.close(1012, timeout=limit), "drain")
+        waiting = self._tasks.start(forced.wait(), "forced")
+        await asyncio.wait((closing, waiting), return_when=asyncio.FIRST_COMPLETED)
+
+    async def stop(self) -> None:
+        """Lets go of everything, from the doors inwards; sandboxes go on, and their gateway. Idempotent."""
+        self._lag.stop()
+        for name in ("front", "control", "registry", "shelf", "http_source"):
+            part = getattr(self, name, None)
+            if part is not None:
+                await part.close()
+        if hasattr(self, "gateway_child"):
+            if not self.slots.ids():
+                await self.gateway_child.stop(2.0)
+            await self.gateway.close()
+        if hasattr(self, "driver"):
+            await self.driver.close()
+        await self._tasks.close()
+        if hasattr(self, "db"):
+            await self.db.close()
+
+
+def _place(path: Path | None) -> Path:
+    """A directory that the settings have resolved."""
+    assert path is not None, "settings.load resolves every directory"
+    return path
+
+
+def sandbox_uid(config: Config) -> int:
+    """The uid of sandboxes: configured, else the service's where files can be given away, else one's own."""
+    if config.sandbox.uid:
+        return config.sandbox.uid
+    return SERVICE_UID if os.geteuid() == 0 else os.geteuid()
+
+
+def raise_file_limit() -> None:
+    """As many descriptors as the host allows: each client takes two."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,27 @@
+"""Which driver the settings ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from broker.config import Config
+from broker.host.tasks import TaskOwner
+from broker.sandbox.docker import DockerDriver
+from broker.sandbox.driver import SandboxDriver
+from broker.sandbox.process import ProcessDriver
+from broker.sandbox.slots import Slots
+
+
+def make_driver(config: Config, installation: str, tasks: TaskOwner, slots: Slots) -> SandboxDriver:
+    """The driver of ``sandbox.driver``; there is never a fall-back from one to the other."""
+    state_dir = slots.packages_dir.parent
+    if config.sandbox.driver == "docker":
+        return DockerDriver(
+            config.sandbox.docker,
+            installation=installation,
+            node=config.broker.node,
+            tasks=tasks,
+            state_dir=state_dir,
+            ca_file=Path(config.sandbox.ca_file) if config.sandbox.ca_file else None,
+        )
+    return ProcessDriver(config.sandbox.process, installation=installation, state_dir=state_dir, uid=slots.uid)
