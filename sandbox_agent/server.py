@@ -37,10 +37,10 @@ MakeHub = Callable[[str, Welcome, Callable[[], None]], AgentHub]
 def make_acp_hub(socket_dir: str, welcome: Welcome, on_change: Callable[[], None]) -> AgentHub:
     """The real hub, with its journal."""
     from sandbox_agent.acp import AcpHub
-    from sandbox_agent.journal_link import JournalLink
+    from sandbox_agent.journal_link import granter
 
-    grant = JournalLink(os.path.join(socket_dir, "agent"), welcome.secret)
-    return AcpHub(welcome=welcome, grant=grant, on_change=on_change)
+    path = os.path.join(socket_dir, "agent")
+    return AcpHub(welcome=welcome, grant=granter(lambda: path, lambda: welcome.secret), on_change=on_change)
 
 
 def serve(booted: Booted, make_hub: MakeHub = make_acp_hub) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,10 +28,8 @@ def test_messages_survive_any_cut_of_the_stream(messages: list[dict[str, object]
 
 @given(st.binary(max_size=60))
 def test_garbage_is_a_wire_error_or_a_map(data: bytes) -> None:
-    try:
+    with contextlib.suppress(codec.WireError):
         assert isinstance(codec.unpack(data), dict)
-    except codec.WireError:
-        pass
 
 
 def test_a_length_over_the_limit_is_refused_before_the_body() -> None:
