@@ -36,7 +36,7 @@ from broker.sandbox.reconcile import reconcile
 from broker.sandbox.slots import Slots
 from broker.session.assembly import Assembler
 from broker.session.directory import Solo
-from broker.session.providers import FileCredentials
+from broker.session.providers import BuilderNetwork, FileCredentials
 from broker.session.registry import Registry
 from broker.session.sandbox import Runtime
 from broker.session.sources import FilesSource, HttpSource, StoreSource
@@ -116,7 +116,7 @@ class Broker:
             driver=self.driver,
             slots=self.slots,
             index=PackageStore(self.db),
-            network=self.gateway,
+            network=BuilderNetwork(self.gateway, self.config),
             config=self.config,
             installation_key=self.identity.key,
         )
@@ -189,7 +189,11 @@ class Broker:
 
     async def health(self) -> dict[str, str]:
         """What readiness depends on: "" is good, else what is wrong."""
-        checks = {"store": "", "engine": "", "gateway": "" if self.gateway.connected else "the gateway is not connected"}
+        checks = {
+            "store": "",
+            "engine": "",
+            "gateway": "" if self.gateway.connected else "the gateway is not connected",
+        }
         try:
             await self.db.read("SELECT 1")
         except CortexError as error:

@@ -15,6 +15,7 @@ from broker.sandbox.slots import Slots
 def make_driver(config: Config, installation: str, tasks: TaskOwner, slots: Slots) -> SandboxDriver:
     """The driver of ``sandbox.driver``; there is never a fall-back from one to the other."""
     state_dir = slots.packages_dir.parent
+    ca_file = Path(config.sandbox.ca_file) if config.sandbox.ca_file else None
     if config.sandbox.driver == "docker":
         return DockerDriver(
             config.sandbox.docker,
@@ -22,6 +23,14 @@ def make_driver(config: Config, installation: str, tasks: TaskOwner, slots: Slot
             node=config.broker.node,
             tasks=tasks,
             state_dir=state_dir,
-            ca_file=Path(config.sandbox.ca_file) if config.sandbox.ca_file else None,
+            ca_file=ca_file,
         )
-    return ProcessDriver(config.sandbox.process, installation=installation, state_dir=state_dir, uid=slots.uid)
+    return ProcessDriver(
+        config.sandbox.process,
+        installation=installation,
+        state_dir=state_dir,
+        tasks=tasks,
+        uid=slots.uid,
+        gid=slots.gid,
+        ca_file=ca_file,
+    )

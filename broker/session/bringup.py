@@ -22,6 +22,8 @@ from broker.session.sandbox import Runtime, Sandbox, place
 from broker.session.timeline import Timeline
 from sandbox_agent.wire.messages import Status
 
+LAST_WORDS_S = 1.0
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -84,6 +86,20 @@ class BringUp:
                 f"the session was not ready in {timeout:g} s; the last stage that ended was {last!r}",
                 hint="look at the session's timeline; raise session.bringup_timeout_s if the host is slow",
             ) from error
+        except CortexError as error:
+            if error.code is Code.SANDBOX_DIED:
+                error.cause = await self._last_words() or error.cause
+            raise
+
+    async def _last_words(self) -> str:
+        """What a sandbox that has just died wrote last; "" when it is not dead or said nothing."""
+        if self.sandbox is None or not self.sandbox.ref:
+            return ""
+        try:
+            async with asyncio.timeout(LAST_WORDS_S):
+                return (await self.runtime.driver.wait(self.sandbox.ref)).tail.strip()[-400:]
+        except (TimeoutError, CortexError):
+            return ""
 
     async def _run(self, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
         first = cached or await self._assemble(None)

@@ -7,13 +7,13 @@ the same ``Credentials`` port.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from broker.config import Config, ProviderConfig
 from broker.errors import Code, CortexError
-from broker.gateway.link import Egress, Provider
+from broker.gateway.link import Egress, GatewayLink, Provider
 from broker.session.sections import ProviderChoice, SandboxConfig
 
 MAX_CREDENTIAL = 16 * 2**10
@@ -74,3 +74,21 @@ async def providers_for(
 def egress_for(config: Config, user: SandboxConfig) -> Egress:
     """The user's own hosts; nothing else by default."""
     return Egress(user.egress.hosts, config.gateway.private_hosts)
+
+
+class BuilderNetwork:
+    """What package builders may reach: the hosts of ``gateway.allowed_hosts``, no provider."""
+
+    def __init__(self, gateway: GatewayLink, config: Callable[[], Config]) -> None:
+        self._gateway = gateway
+        self._config = config
+
+    async def put_builder(self, slot: str, incarnation: int, fds: tuple[int, int]) -> None:
+        """Serves a builder's slot."""
+        gateway = self._config().gateway
+        egress = Egress(gateway.allowed_hosts, gateway.private_hosts)
+        await self._gateway.put_slot(slot, incarnation, {"user": "", "role": "builder"}, {}, egress, fds)
+
+    async def drop_slot(self, slot: str) -> None:
+        """Cuts it off."""
+        await self._gateway.drop_slot(slot)
