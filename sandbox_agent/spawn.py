@@ -101,7 +101,9 @@ def launch(
         homefiles.write_missing(surroundings.home, {fill(p, places): fill(t, places) for p, t in files.items()})
     except (homefiles.UnsafePath, OSError) as error:
         raise SpawnError(
-            "agent.failed", f"a file of the agent cannot be written: {error}", "look at the agent's files in config.toml"
+            "agent.failed",
+            f"a file of the agent cannot be written: {error}",
+            "look at the agent's files in config.toml",
         ) from error
     child = spawn([fill(word, places) for word in command], full, fill(cwd, places))
     child.port = port
