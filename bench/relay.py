@@ -1,0 +1,154 @@
+"""The relay beside HAProxy, nginx and a proxy written with the websockets library; then the whole path.
+
+All have the same far end (``bench.peers.echo``) behind the same kind of socket and the same load in
+front; rounds are interleaved and medians compared, so that a busy machine troubles all alike. CPU is
+the proxy process's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+
+from bench import lib
+from bench.peers import configs, load
+
+ROUNDS, LONG_ROUNDS = 7, 21
+OVER_HAPROXY = 1.15
+"""CPU per message, at most so many times HAProxy's."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """``turns`` > 0: ping-pong; else a stream of ``count`` frames a connection."""
+
+    name: str
+    title: str
+    connections: int
+    payload: int
+    turns: int = 0
+    count: int = 0
+
+    @property
+    def messages(self) -> int:
+        return self.connections * (self.turns or self.count)
+
+
+CASES = (
+    Case("pingpong", "round trip, 64 connections, 256 B", 64, 256, turns=300),
+    Case("stream", "16 KiB frame streamed", 4, 16_384, count=3_000),
+    Case("tokens", "80 B frame streamed", 8, 80, count=20_000),
+)
+LATENCY_TURNS = 1_500
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A running proxy: where it listens and whose CPU counts."""
+
+    port: int
+    pids: tuple[int, ...]
+
+
+@contextlib.contextmanager
+def peers(directory: str) -> Iterator[dict[str, Peer]]:
+    """The far end and, before it, every proxy that is installed."""
+    ws, stream = f"{directory}/ws.sock", f"{directory}/stream.sock"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lib.child(lib.python("bench.peers.echo", directory)))
+        found: dict[str, Peer] = {}
+        for name, module, upstream in (("cortex", "front", stream), ("websockets", "ws_proxy", ws)):
+            port = lib.free_port()
+            process = stack.enter_context(lib.child(lib.python(f"bench.peers.{module}", upstream, str(port))))
+            found[name] = Peer(port, (process.pid,))
+        if shutil.which("haproxy"):
+            port = lib.free_port()
+            config = Path(directory, "haproxy.cfg")
+            config.write_text(configs.haproxy(port, ws))
+            argv = ["haproxy", "-db", "-f", str(config)]
+            process = stack.enter_context(lib.child(argv, waits=lib.accepts(port)))
+            found["haproxy"] = Peer(port, (process.pid,))
+        if shutil.which("nginx"):
+            port = lib.free_port()
+            config = Path(directory, "nginx.conf")
+            config.write_text(configs.nginx(port, ws, directory))
+            argv = ["nginx", "-p", directory, "-c", str(config)]
+            process = stack.enter_context(lib.child(argv, waits=lib.accepts(port)))
+            found["nginx"] = Peer(port, (process.pid, *lib.children_of(process.pid)))
+        yield found
+
+
+async def run_case(peer: Peer, case: Case) -> dict[str, float]:
+    """CPU per message, in microseconds."""
+    clients = await load.connect(peer.port, case.connections)
+    before = lib.cpu_of(peer.pids)
+    if case.turns:
+        await load.echo(clients, payload=case.payload, turns=case.turns)
+    else:
+        await load.stream(clients, payload=case.payload, count=case.count)
+    used = lib.cpu_of(peer.pids) - before
+    load.close(clients)
+    return {case.name: used / case.messages * 1e6}
+
+
+async def run_latency(peer: Peer) -> dict[str, float]:
+    """Round trips on one idle connection, 64 B, in microseconds."""
+    clients = await load.connect(peer.port, 1)
+    trips = await load.echo(clients, payload=64, turns=LATENCY_TURNS)
+    load.close(clients)
+    return {"p50": lib.percentile(trips, 0.5) * 1e6, "p99": lib.percentile(trips, 0.99) * 1e6}
+
+
+def measure(found: dict[str, Peer], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians by proxy and figure."""
+
+    def one_round(name: str) -> dict[str, float]:
+        figures = uvloop.run(run_latency(found[name]))
+        for case in CASES:
+            figures |= uvloop.run(run_case(found[name], case))
+        return figures
+
+    return lib.medians(lib.interleaved(list(found), rounds, one_round))
+
+
+def relay_report(report: lib.Report, rounds: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="cortex-bench-") as directory, peers(directory) as found:
+        figures = measure(found, rounds)
+    head = ["proxy", "round trip p50 µs", "p99 µs", *[f"CPU µs: {case.title}" for case in CASES]]
+    rows = [head]
+    for name, values in figures.items():
+        rows.append([name, *[f"{values[figure]:.2f}" for figure in ("p50", "p99", *[case.name for case in CASES])]])
+    report.tables["Relay"] = rows
+    report.figures["relay"] = figures
+    for case in CASES:
+        ours = figures["cortex"][case.name]
+        if "haproxy" in figures:
+            ratio = ours / figures["haproxy"][case.name]
+            report.targets.append(lib.target(f"relay.{case.name}.cpu_over_haproxy", "x", ratio, OVER_HAPROXY))
+        ratio = ours / figures["websockets"][case.name]
+        report.targets.append(lib.target(f"relay.{case.name}.cpu_over_websockets", "x", ratio, 0.5))
+    if "haproxy" not in figures:
+        report.targets.append(lib.Target("relay.haproxy_installed", "", 0, 1, False))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="cortex bench relay", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - is stdout")
+    parser.add_argument("--long", action="store_true", help="more rounds")
+    parser.add_argument("--rounds", type=int, help="rounds of the comparison")
+    arguments = parser.parse_args(argv)
+    report = lib.Report("relay")
+    relay_report(report, arguments.rounds or (LONG_ROUNDS if arguments.long else ROUNDS))
+    return report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
