@@ -1,0 +1,99 @@
+"""Opens connections to the outside: resolve, judge every address, connect to one that passed, TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import TypeVar
+
+import structlog
+
+from broker.errors import Code, CortexError
+from broker.gateway.addresses import permitted
+from broker.gateway.answers import address_refused
+from broker.gateway.resolve import Resolver
+from broker.gateway.routes import Origin
+
+P = TypeVar("P", bound=asyncio.Protocol)
+MAX_ADDRESSES = 8
+MAX_CONTEXTS = 64
+log = structlog.get_logger(__name__)
+
+
+class Dialer:
+    """``timeout_s`` gives the deadline of connecting, TLS included (``gateway.connect_timeout_s``)."""
+
+    def __init__(self, resolver: Resolver, timeout_s: Callable[[], float]) -> None:
+        self._resolver = resolver
+        self._timeout_s = timeout_s
+        self._contexts: dict[str, ssl.SSLContext] = {}
+
+    async def dial(self, origin: Origin, factory: Callable[[], P]) -> P:
+        """A connected protocol. Raises ``CortexError``: unreachable, or all addresses refused."""
+        addresses = permitted(await self._resolver.addresses(origin.host), private=origin.private)
+        if not addresses:
+            raise address_refused(origin.host)
+        context = await self._context(origin.ca) if origin.scheme == "https" else None
+        deadline = asyncio.get_running_loop().time() + self._timeout_s()
+        last: BaseException = OSError("no address")
+        for count, address in enumerate(addresses[:MAX_ADDRESSES]):
+            left = deadline - asyncio.get_running_loop().time()
+            share = left / (min(len(addresses), MAX_ADDRESSES) - count)
+            if share <= 0:
+                break
+            try:
+                return await asyncio.wait_for(_connect(origin, address, context, factory), share)
+            except (OSError, TimeoutError) as error:
+                last = error
+        log.warning("upstream_unreachable", origin=origin.authority, error=str(last) or type(last).__name__)
+        raise _unreachable(origin, last)
+
+    async def _context(self, ca: str) -> ssl.SSLContext:
+        """Reading a bundle takes tens of milliseconds, so in a thread, and once."""
+        context = self._contexts.get(ca)
+        if context is None:
+            try:
+                context = await asyncio.get_running_loop().run_in_executor(None, _make_context, ca)
+            except (ssl.SSLError, ValueError) as error:
+                raise CortexError(
+                    Code.UPSTREAM_UNREACHABLE,
+                    "The CA bundle of this provider cannot be read",
+                    hint="check the provider's ca_file: PEM certificates",
+                ) from error
+            if len(self._contexts) >= MAX_CONTEXTS:
+                self._contexts.clear()
+            self._contexts[ca] = context
+        return context
+
+    async def warm(self) -> None:
+        """Reads the system's bundle ahead of the first call."""
+        await self._context("")
+
+
+def _make_context(ca: str) -> ssl.SSLContext:
+    context = ssl.create_default_context(cadata=ca or None)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+async def _connect(origin: Origin, address: str, context: ssl.SSLContext | None, factory: Callable[[], P]) -> P:
+    loop = asyncio.get_running_loop()
+    _, protocol = await loop.create_connection(
+        factory, address, origin.port, ssl=context, server_hostname=origin.host if context else None
+    )
+    return protocol
+
+
+def _unreachable(origin: Origin, error: BaseException) -> CortexError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        cause, hint = f"its certificate is not trusted: {error.verify_message}", "an operator can set ca_file"
+    elif isinstance(error, ssl.SSLError):
+        cause, hint = "TLS failed", "check that the port speaks TLS"
+    elif isinstance(error, TimeoutError):
+        cause, hint = "connecting took too long", "retry; if it stays, check the host's network"
+    elif isinstance(error, ConnectionRefusedError):
+        cause, hint = "connection refused", "check that the server runs"
+    else:
+        cause, hint = "connecting failed", "check the host's network"
+    return CortexError(Code.UPSTREAM_UNREACHABLE, f"{origin.host} cannot be reached", cause=cause, hint=hint)

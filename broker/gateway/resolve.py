@@ -1,0 +1,77 @@
+"""Names to addresses, in threads of its own: one look-up a name at a time, bounded, with a deadline, cached."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from broker.errors import Code, CortexError
+from broker.host.tasks import TaskOwner
+
+THREADS = 8
+MAX_LOOKUPS = 64
+MAX_CACHED = 1024
+TTL_S = 30.0
+
+
+class Resolver:
+    """``timeout_s`` gives the deadline of a look-up (``gateway.dns_timeout_s``)."""
+
+    def __init__(self, tasks: TaskOwner, timeout_s: Callable[[], float]) -> None:
+        self._tasks = tasks
+        self._timeout_s = timeout_s
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dns")
+        self._pending: dict[str, asyncio.Task[list[str]]] = {}
+        self._cache: dict[str, tuple[float, list[str]]] = {}
+
+    async def addresses(self, host: str) -> list[str]:
+        """The addresses of a name or a literal, best first. Raises ``UPSTREAM_UNREACHABLE``."""
+        loop = asyncio.get_running_loop()
+        known = self._cache.get(host)
+        if known is not None and known[0] > loop.time():
+            return known[1]
+        task = self._pending.get(host)
+        if task is None:
+            if len(self._pending) >= MAX_LOOKUPS:
+                raise _failed(host, "too many look-ups at once")
+            task = self._tasks.start(self._look_up(host), "resolve", on_error=_ignore)
+            self._pending[host] = task
+            task.add_done_callback(lambda _: self._pending.pop(host, None))
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), self._timeout_s())
+        except TimeoutError as error:
+            raise _failed(host, "the look-up took too long") from error
+        except OSError as error:
+            raise _failed(host, "the name was not found") from error
+
+    async def _look_up(self, host: str) -> list[str]:
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._threads, _getaddrinfo, host)
+        if len(self._cache) >= MAX_CACHED:
+            self._cache.clear()
+        self._cache[host] = (loop.time() + TTL_S, found)
+        return found
+
+    def close(self) -> None:
+        """Lets the threads go; a look-up that hangs is not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _getaddrinfo(host: str) -> list[str]:
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _failed(host: str, cause: str) -> CortexError:
+    return CortexError(
+        Code.UPSTREAM_UNREACHABLE,
+        f"{host} could not be resolved",
+        cause=cause,
+        hint="check the name, and the DNS of the host that runs the gateway",
+    )
+
+
+def _ignore(error: BaseException) -> None:
+    """Each waiter hears of it."""

@@ -1,0 +1,95 @@
+"""Where a request of a slot goes: to a provider, through a tunnel, or nowhere. Asked for every request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from broker.errors import Code, CortexError
+from broker.gateway import answers
+from broker.gateway.addresses import listed, parse_authority
+from broker.gateway.heads import RequestHead, bad
+from broker.gateway.messages import Egress
+from broker.gateway.routes import Origin, Route, find_route, proxy_route
+
+FaceKind = Literal["gateway", "egress"]
+Denied = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Either ``route`` and ``target``, or ``tunnel_to``."""
+
+    route: Route | None = None
+    target: bytes = b""
+    tunnel_to: Origin | None = None
+
+
+class Face(Protocol):
+    """One listening socket of a slot, as its connections see it."""
+
+    slot: str
+
+    def way(self, head: RequestHead) -> Way:
+        """Raises ``CortexError``, unclaimed slots included."""
+
+    def opened(self, connection: Held) -> None: ...
+    def closed(self, connection: Held) -> None: ...
+
+
+class Held(Protocol):
+    """A connection, as its slot sees it."""
+
+    def fence(self) -> None: ...
+    def abort(self) -> None: ...
+    def drain(self) -> None: ...
+    def check(self, now: float) -> None: ...
+
+
+def gateway_way(head: RequestHead, routes: dict[bytes, Route]) -> Way:
+    """The way of a request on the gateway socket."""
+    if head.method == b"CONNECT":
+        raise CortexError(
+            Code.BAD_METHOD, "This socket serves model providers", hint="use the proxy in HTTPS_PROXY for CONNECT"
+        )
+    route, target = find_route(routes, head.target)
+    if head.websocket and head.method == b"GET":
+        raise answers.no_websocket()
+    return Way(route, target)
+
+
+def egress_way(head: RequestHead, egress: Egress, denied: Denied) -> Way:
+    """The way of a request on the egress socket; ``denied`` hears of hosts that no list allows."""
+    if head.method == b"CONNECT":
+        authority = parse_authority(head.target.decode("ascii", "replace"))
+        if authority is None:
+            raise bad("CONNECT needs host:port")
+        _allow(authority, egress, denied)
+        return Way(tunnel_to=Origin("tcp", *authority, "", _private(authority, egress)))
+    if b"://" not in head.target:
+        raise CortexError(
+            Code.BAD_REQUEST, "This socket is a proxy", hint="use it as HTTPS_PROXY; it is not a server to ask"
+        )
+    found = proxy_route(head.target, private=False)
+    if found is None:
+        raise bad("the request target is not an http:// address")
+    route, target = found
+    authority = (route.origin.host, route.origin.port)
+    # Plain HTTP only where the port is listed: what a name alone allows is TLS.
+    _allow(authority, egress, denied)
+    if head.websocket:
+        raise answers.no_websocket()
+    if _private(authority, egress):
+        route, target = proxy_route(head.target, private=True) or found
+    return Way(route, target)
+
+
+def _allow(authority: tuple[str, int], egress: Egress, denied: Denied) -> None:
+    if not listed(*authority, egress.hosts):
+        denied(*authority)
+        raise answers.denied(*authority)
+
+
+def _private(authority: tuple[str, int], egress: Egress) -> bool:
+    return listed(*authority, egress.private, default_port=None)
