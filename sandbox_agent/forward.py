@@ -56,8 +56,7 @@ class Forwarder:
 
     def accepted(self, near: Accepted) -> None:
         if len(self._ends) >= MAX_CONNECTIONS:
-            near.send(REFUSAL)
-            near.close()
+            near.refuse(REFUSAL)
             return
         self._ends.add(near)
         self._tasks.start(self._connect(near), "connect", on_error=lambda _: near.abort())
@@ -78,8 +77,7 @@ class Forwarder:
             if near not in self._ends:
                 return
             if loop.time() + pause > end:
-                near.send(REFUSAL)
-                near.close()
+                near.refuse(REFUSAL)
                 return
             await asyncio.sleep(pause)
             pause = min(pause * 2, RETRY_PAUSE_S[1])

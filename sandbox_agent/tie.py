@@ -24,6 +24,7 @@ class End(asyncio.Protocol):
         self._eof = False
         self._eof_sent = False
         self._lost = False
+        self._refused = False
         self._on_lost = on_lost
         self._half_close = half_close
         self._flush: asyncio.TimerHandle | None = None
@@ -45,6 +46,17 @@ class End(asyncio.Protocol):
             return
         self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self.transport.abort)
         self.transport.close()
+
+    def refuse(self, answer: bytes) -> None:
+        """Sends ``answer`` and ends; what the peer still sends is read and dropped, or it would see a reset."""
+        if self.transport is None or self._lost:
+            return
+        self._refused = True
+        self._held.clear()
+        self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self.transport.abort)
+        self.transport.write(answer)
+        self.transport.write_eof()
+        self.transport.resume_reading()
 
     def abort(self) -> None:
         """Drops the connection and all that is buffered."""
@@ -74,6 +86,8 @@ class End(asyncio.Protocol):
         if self._other is not None:
             self._other.send(data)
             return
+        if self._refused:
+            return
         self._held += data  # uvloop delivers once more after pause_reading in connection_made
         if len(self._held) > MAX_HELD:
             self.abort()
@@ -82,7 +96,7 @@ class End(asyncio.Protocol):
         self._eof = True
         if self._other is not None:
             self._forward_eof()
-        return self._half_close
+        return self._half_close and not self._refused
 
     def _forward_eof(self) -> None:
         other = self._other
