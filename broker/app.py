@@ -39,6 +39,7 @@ from broker.session.directory import Solo
 from broker.session.providers import BuilderNetwork, FileCredentials
 from broker.session.registry import Registry
 from broker.session.sandbox import Runtime
+from broker.session.sections import default_problems
 from broker.session.sources import FilesSource, HttpSource, StoreSource
 from broker.settings import Loaded, changed, load
 from broker.store.db import Database
@@ -52,6 +53,8 @@ log = structlog.get_logger(__name__)
 
 LAG_LIMIT_S = 5.0
 """Loop lag at which the watchdog is no longer fed."""
+CHECKS = (default_problems,)
+"""Checks of the settings by layers above them."""
 SERVICE_UID = 64321
 """Uid of sandboxes unless configured, where the broker may give files away."""
 
@@ -223,7 +226,7 @@ class Broker:
             return
         self._notifier.reloading()
         try:
-            new = await asyncio.to_thread(load, self._loaded.path, os.environ, overrides=self._overrides)
+            new = await asyncio.to_thread(load, self._loaded.path, os.environ, overrides=self._overrides, checks=CHECKS)
         except CortexError as error:
             CONFIG_RELOADS.labels("refused").inc()
             log.error("reload_refused", error=str(error), hint=error.hint, problems=error.details.get("problems"))
