@@ -222,7 +222,9 @@ class Link:
             await self._control(sock, first=not preamble.secret)
         elif preamble.kind == "stream":
             # A new socket object over the same descriptor: the gate closes the one it knows.
-            self._streams.put(socket.socket(fileno=sock.detach()))
+            stream = socket.socket(fileno=sock.detach())
+            stream.setblocking(False)
+            self._streams.put(stream)
         elif preamble.kind == "journal":
             if self.journal is not None:
                 await self._grants.give(sock, self.journal, preamble.segment)
