@@ -203,8 +203,10 @@ async def test_the_warm_path_does_nothing(broker: BrokerProcess) -> None:
 
 async def counters(broker: BrokerProcess) -> dict[str, str]:
     """Everything that would show work off the relay: store, engine, state, assembly."""
-    kinds = ("cortex_store_reads_total", "cortex_store_writes_total", "cortex_sandbox_calls_total")
-    kinds += ("cortex_state_writes_total", "cortex_config_assembly_total")
+    kinds = tuple(
+        f"cortex_{name}_total"
+        for name in ("store_reads", "store_writes", "sandbox_calls", "state_writes", "config_assembly")
+    )
     text: Any = await broker.api("GET", "/metrics")
     return dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(kinds))
 
