@@ -121,6 +121,8 @@ async def reconcile(
     for slot, (record, sandbox) in decided.adopt.items():
         await _remove_all(driver, slot, decided.remove.get(slot, ()), outcome)
         _adopt(slots, record, sandbox, outcome)
+    for slot in decided.foreign:
+        await _remove_all(driver, slot, decided.remove.get(slot, ()), outcome)
     for slot in decided.free:
         if await _remove_all(driver, slot, decided.remove.get(slot, ()), outcome):
             await _free(slots, slot, forget, outcome)
