@@ -42,7 +42,8 @@ class FrameScanner:
     """
 
     __slots__ = (
-        "_extra", "_fragmented", "_head", "_jump", "_limit", "_long", "_masked", "_message", "frames", "remaining",
+        "_extra", "_fragmented", "_head", "_jump", "_limit", "_long", "_masked", "_message", "_skip",
+        "_usual", "_whole", "frames", "remaining",
     )  # fmt: skip
 
     def __init__(self, *, masked: bool, limit: int) -> None:
@@ -51,9 +52,11 @@ class FrameScanner:
         self._extra = _MASK if masked else 0
         self._jump = _JUMP_MASKED if masked else _JUMP_PLAIN
         self._long = 126 + (0x80 if masked else 0)
+        self._skip = 4 + self._extra
         self._head = bytearray()
         self._fragmented = False
         self._message = 0
+        self._whole = self._usual = 0x80 | TEXT if limit > 0xFFFF else _NEVER
         self.frames = 0
         self.remaining = 0
 
@@ -65,6 +68,14 @@ class FrameScanner:
     def scan(self, data: bytes | memoryview, start: int = 0) -> int:
         """The end of what of ``data`` from ``start`` may be forwarded as it is; ``step`` takes what follows."""
         size = len(data)
+        if size > 3 and data[0] == self._whole and not self.remaining and not start:
+            # By far the most frequent chunk: one whole message.
+            second = data[1]
+            if self._jump[second] == size or (
+                second == self._long and (data[2] << 8 | data[3]) + self._skip == size and data[2]
+            ):
+                self.frames += 1
+                return size
         pos = start + self.remaining
         if pos >= size:
             self.remaining = pos - size
@@ -72,10 +83,8 @@ class FrameScanner:
         self.remaining = 0
         if self._head:
             return start
-        jump, long, skip = self._jump, self._long, self._extra + 4
         # Whole text messages of up to 64 KiB are read here, everything else by _data.
-        usual = 0x80 | TEXT if self._limit > 0xFFFF else _NEVER
-        whole = _NEVER if self._fragmented else usual
+        jump, long, skip, whole = self._jump, self._long, self._skip, self._whole
         frames, last = 0, size - 1
         while pos < last:
             if data[pos] == whole:
@@ -92,7 +101,7 @@ class FrameScanner:
                 self.frames += frames
                 return pos
             pos = end
-            whole = _NEVER if self._fragmented else usual
+            whole = self._whole
         self.frames += frames
         if pos > size:
             self.remaining = pos - size
@@ -120,12 +129,14 @@ class FrameScanner:
         head, size, pos = self._head, len(data), start
         while (need := self._need()) > len(head):
             if pos == size:
+                self._whole = _NEVER
                 return pos, None
             end = min(size, pos + need - len(head))
             head += data[pos:end]
             pos = end
         opcode = head[0] & 0x0F
         self._head = bytearray()
+        self._whole = _NEVER if self._fragmented else self._usual
         if opcode & 0x08:
             return pos, Control(opcode, self._payload(head))
         self.remaining = self._enter(head[0], self._length(head)) + self._extra
@@ -213,6 +224,7 @@ class FrameScanner:
         final = first & 0x80 != 0
         self._message = 0 if final else self._message_size(first, length)
         self._fragmented = not final
+        self._whole = self._usual if final else _NEVER
         self.frames += 1
         return length
 
