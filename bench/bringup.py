@@ -1,0 +1,333 @@
+"""`cortex bench bringup`: how long until a session is ready, and what a message and a change cost then.
+
+A broker in a process of its own, both drivers where Docker answers, interleaved with what each is
+compared to: ``docker run --rm IMAGE true``, and the same agent driven directly over stdio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import websockets
+
+from bench.lib import Report, median, percentile, pss_bytes, target
+from sandbox_agent.wire import codec
+from tests.e2e.conftest import IMAGE, docker_missing, process_config
+from tests.e2e.harness import BrokerProcess, running
+
+ROOT = Path(__file__).parents[1]
+SESSIONS = 100
+"""Ready sessions for the memory figure."""
+
+
+class Acp:
+    """A bare ACP client on a WebSocket: frames in, frames out, no model of the protocol in the way."""
+
+    def __init__(self, socket: websockets.ClientConnection) -> None:
+        self._socket = socket
+        self._ids = 0
+
+    async def call(self, method: str, params: dict[str, Any]) -> tuple[Any, float, float]:
+        """The result, and the seconds until the first frame and until the answer."""
+        self._ids += 1
+        begin = time.perf_counter()
+        await self._socket.send(json.dumps({"jsonrpc": "2.0", "id": self._ids, "method": method, "params": params}))
+        first = 0.0
+        while True:
+            message = json.loads(await asyncio.wait_for(self._socket.recv(), 120))
+            first = first or time.perf_counter() - begin
+            if message.get("id") == self._ids and "method" not in message:
+                if "error" in message:
+                    raise RuntimeError(f"{method}: {message['error']}")
+                return message["result"], first, time.perf_counter() - begin
+
+    async def new(self) -> str:
+        """A new conversation."""
+        result, _, _ = await self.call("session/new", {"cwd": "/", "mcpServers": []})
+        return str(result["sessionId"])
+
+    async def prompt(self, session: str, text: str) -> float:
+        """Seconds from the prompt to the first frame."""
+        content = [{"type": "text", "text": text}]
+        return (await self.call("session/prompt", {"sessionId": session, "prompt": content}))[1]
+
+
+class Stdio:
+    """The demo agent driven directly."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(ROOT / "sandbox_agent/demo.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd="/",
+        )
+        self._ids = 0
+        self.call("initialize", {"protocolVersion": 1, "clientCapabilities": {}})
+        self.session = str(self.call("session/new", {"cwd": "/", "mcpServers": []})[0]["sessionId"])
+
+    def call(self, method: str, params: dict[str, Any]) -> tuple[Any, float]:
+        """The result, and the seconds until the first line."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._ids += 1
+        begin = time.perf_counter()
+        message = {"jsonrpc": "2.0", "id": self._ids, "method": method, "params": params}
+        self._process.stdin.write(json.dumps(message).encode() + b"\n")
+        self._process.stdin.flush()
+        first = 0.0
+        while True:
+            answer = json.loads(self._process.stdout.readline())
+            first = first or time.perf_counter() - begin
+            if answer.get("id") == self._ids and "method" not in answer:
+                return answer["result"], first
+
+    def prompt(self, text: str) -> float:
+        """Seconds from the prompt to the first line."""
+        content = [{"type": "text", "text": text}]
+        return self.call("session/prompt", {"sessionId": self.session, "prompt": content})[1]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def exec_to_hello(rounds: int) -> list[float]:
+    """Seconds from the exec of the agent server, outside any sandbox, until its whole hello is here."""
+    times = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="cx-") as place, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{place}/agent")
+            listener.listen()
+            begin = time.perf_counter()
+            entry = [sys.executable, "-I", "-S", str(ROOT / "sandbox_agent/__main__.py")]
+            process = subprocess.Popen([*entry, "--socket-dir", place, "--vol", place], stderr=subprocess.DEVNULL)
+            connection, _ = listener.accept()
+            decoder, seen = codec.Decoder(), 0
+            while seen < 2:
+                seen += len(decoder.feed(connection.recv(65_536)))
+            times.append(time.perf_counter() - begin)
+            connection.close()
+            process.kill()
+            process.wait()
+    return times
+
+
+def docker_run() -> float:
+    """Seconds of one ``docker run --rm IMAGE true``."""
+    begin = time.perf_counter()
+    subprocess.run(
+        ["docker", "run", "--rm", "--network", "none", "--entrypoint", "true", IMAGE],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    return time.perf_counter() - begin
+
+
+async def cold(broker: BrokerProcess, user: str) -> dict[str, float]:
+    """One session from nothing: seconds to hello and to ready, and the stages."""
+    begin = time.perf_counter()
+    await broker.session(user)
+    total = time.perf_counter() - begin
+    bringup = (await broker.api("GET", f"/v1/sessions/{user}/main/timeline"))["bringups"][0]
+    stages = {stage["stage"]: stage for stage in bringup["stages"]}
+    figures = {stage: values["ms"] / 1000 for stage, values in stages.items()}
+    figures["create → hello"] = (stages["hello"]["start_ms"] + stages["hello"]["ms"]) / 1000
+    figures["create → ready"] = bringup["total_ms"] / 1000
+    figures["create → ready, over HTTP"] = total
+    facts = (await broker.api("GET", f"/v1/sessions/{user}/main"))["sandbox"]
+    figures["welcome → agent started"] = facts["agent_started_ms"] / 1000
+    figures["agent server PSS"] = facts["pss_bytes"] / 1e6
+    return figures
+
+
+async def with_client(broker: BrokerProcess, user: str, work: Callable[[Acp], Awaitable[Any]]) -> Any:
+    """Runs ``work`` with a client attached."""
+    made = await broker.session(user)
+    headers = {"Authorization": f"Bearer {made['token']}"}
+    async with websockets.connect(
+        made["acp_url"], additional_headers=headers, compression=None, max_size=2**25
+    ) as connection:
+        client = Acp(connection)
+        await client.call("initialize", {"protocolVersion": 1, "clientCapabilities": {}})
+        return await work(client)
+
+
+async def messages(broker: BrokerProcess, rounds: int) -> dict[str, list[float]]:
+    """Prompt → first frame, directly and through the whole way, in turns."""
+    direct = Stdio()
+    seen: dict[str, list[float]] = {"direct": [], "through": [], "new conversation": []}
+
+    async def work(client: Acp) -> None:
+        session = await client.new()
+        for number in range(rounds):
+            seen["direct"].append(await asyncio.to_thread(direct.prompt, f"m{number}"))
+            seen["through"].append(await client.prompt(session, f"m{number}"))
+        for number in range(max(3, rounds // 10)):
+            begin = time.perf_counter()
+            fresh = await client.new()
+            opened = time.perf_counter() - begin
+            seen["new conversation"].append(opened + await client.prompt(fresh, f"n{number}"))
+
+    try:
+        await with_client(broker, "talker", work)
+    finally:
+        direct.close()
+    return seen
+
+
+async def changes(broker: BrokerProcess, rounds: int) -> list[float]:
+    """PUT of one section that differs → answered, which is when the sandbox has acknowledged; seconds."""
+    await broker.session("changer")
+    times = []
+    headers = {"Authorization": f"Bearer {broker.admin_token}"}
+    async with aiohttp.ClientSession(headers=headers) as http:
+        url = f"{broker.control_url}/v1/users/changer/config/mcp"
+        for number in range(rounds):
+            body = {"mcpServers": {"s": {"command": "/bin/cat", "args": [str(number)]}}}
+            begin = time.perf_counter()
+            async with http.put(url, json=body) as response:
+                assert response.status == 200, await response.text()
+            times.append(time.perf_counter() - begin)
+    return times
+
+
+async def memory(broker: BrokerProcess) -> tuple[float, float]:
+    """The broker's PSS in MB with ``SESSIONS`` ready ones, and kB for each of them."""
+    assert broker.process is not None
+    pid = broker.process.pid
+    await broker.session("m0")
+    before = pss_bytes(pid)
+    for number in range(1, SESSIONS):
+        await broker.session(f"m{number}")
+    after = pss_bytes(pid)
+    return after / 1e6, (after - before) / (SESSIONS - 1) / 1000
+
+
+async def lag_p99(broker: BrokerProcess) -> float:
+    """The bucket bound of ``cortex_loop_lag_seconds`` that holds 99 % of what was observed; milliseconds."""
+    text = str(await broker.api("GET", "/metrics"))
+    buckets = []
+    for line in text.splitlines():
+        if line.startswith("cortex_loop_lag_seconds_bucket"):
+            bound = line.split('le="')[1].split('"')[0]
+            buckets.append((float(bound), float(line.rpartition(" ")[2])))
+    total = buckets[-1][1]
+    return next(bound for bound, count in buckets if count >= 0.99 * total) * 1000
+
+
+def milliseconds(values: list[float]) -> str:
+    return f"{median(values) * 1000:.1f} ({min(values) * 1000:.1f} to {max(values) * 1000:.1f})"
+
+
+def collect(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Figure → values over the rounds."""
+    return {name: [each[name] for each in rounds if name in each] for name in rounds[0]}
+
+
+async def bench_driver(report: Report, driver: str, rounds: int) -> None:
+    """Cold starts, then unchanged-warm ones; for docker beside ``docker run``."""
+    place = Path(tempfile.mkdtemp(prefix="cx-"))
+    try:
+        async with running(place, driver, process_config()) as broker:
+            seen, runs, warm = [], [], []
+            for number in range(rounds):
+                if driver == "docker":
+                    runs.append(await asyncio.to_thread(docker_run))
+                seen.append(await cold(broker, f"c{number}"))
+                begin = time.perf_counter()
+                await broker.session(f"c{number}")
+                warm.append(time.perf_counter() - begin)
+            figures = collect(seen)
+            figures["unchanged and warm, over HTTP"] = warm
+            if runs:
+                figures["docker run --rm IMAGE true"] = runs
+            add_driver(report, driver, figures)
+            if driver == "process":
+                await bench_ready(report, broker, rounds)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def add_driver(report: Report, driver: str, figures: dict[str, list[float]]) -> None:
+    """Table and targets of one driver."""
+    rows = [["stage", "ms: median (min to max)"]]
+    rows += [[name, milliseconds(values)] for name, values in figures.items() if name != "agent server PSS"]
+    report.tables[f"Cold start, driver {driver}, demo agent, {len(figures['hello'])} rounds"] = rows
+    report.figures[driver] = {name: median(values) for name, values in figures.items()}
+    if driver == "docker":
+        ratio = median(figures["create → hello"]) / median(figures["docker run --rm IMAGE true"])
+        report.targets.append(target("docker: create → hello against docker run", "times", ratio, 1.2))
+    else:
+        report.targets.append(target("process: create → ready", "ms", median(figures["create → ready"]) * 1000, 400))
+    started = median(figures["welcome → agent started"]) * 1000
+    report.targets.append(target(f"{driver}: welcome → agent started", "ms", started, 10))
+    report.targets.append(target(f"{driver}: agent server PSS", "MB", median(figures["agent server PSS"]), 30))
+
+
+async def bench_ready(report: Report, broker: BrokerProcess, rounds: int) -> None:
+    """What things cost on a ready session, and the broker's memory."""
+    said = await messages(broker, rounds * 20)
+    added = (median(said["through"]) - median(said["direct"])) * 1000
+    changed = await changes(broker, rounds * 5)
+    total, each = await memory(broker)
+    lag = await lag_p99(broker)
+    report.tables["A ready session, demo agent"] = [
+        ["what", "ms: median (min to max)"],
+        ["prompt → first frame, agent driven over stdio", milliseconds(said["direct"])],
+        ["prompt → first frame, through Cortex", milliseconds(said["through"])],
+        ["session/new and prompt → first frame, through Cortex", milliseconds(said["new conversation"])],
+        ["PUT of one changed section → acknowledged", milliseconds(changed)],
+    ]
+    report.figures["ready"] = {
+        "through_p99_ms": percentile(said["through"], 0.99) * 1000,
+        "broker_mb": total,
+        "session_kb": each,
+    }
+    report.targets += [
+        target("message on a ready session: added to the first frame", "ms", added, 1.0),
+        target("one setting changed → acknowledged", "ms", median(changed) * 1000, 5),
+        target(f"broker with {SESSIONS} ready sessions", "MB", total, 110),
+        target("broker, each ready session", "kB", each, 150),
+        target("loop lag p99 over all of it", "ms", lag, 5),
+    ]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the benchmark; 1 when a target is missed."""
+    parser = argparse.ArgumentParser(prog="cortex bench bringup", description=__doc__)
+    parser.add_argument("--json", nargs="?", const="-", help="write the result as JSON; - for stdout")
+    parser.add_argument("--long", action="store_true", help="three times the rounds")
+    parser.add_argument("--runs", type=int, default=0, help="rounds of cold starts")
+    arguments = parser.parse_args(argv)
+    rounds = arguments.runs or (21 if arguments.long else 7)
+    report = Report("bringup")
+    hello = exec_to_hello(rounds)
+    report.targets.append(target("agent server: exec → hello", "ms", median(hello) * 1000, 100))
+    report.figures["exec_to_hello_ms"] = [round(value * 1000, 2) for value in hello]
+    asyncio.run(bench_driver(report, "process", rounds))
+    why = docker_missing()
+    if why:
+        report.notes.append(f"docker left out: {why}")
+    else:
+        asyncio.run(bench_driver(report, "docker", rounds))
+    return report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main(sys.argv[1:]))
