@@ -89,6 +89,11 @@ class Code(Enum):
         self.retryable = retryable
 
 
+def code_of(slug: str, default: Code) -> Code:
+    """The code with that slug, as it came from a peer."""
+    return next((code for code in Code if code.slug == slug), default)
+
+
 class CortexError(Exception):
     """What went wrong (``what``), why (``cause``) and what to do about it (``hint``).
 
@@ -130,6 +135,19 @@ class CortexError(Exception):
         if self.details:
             body["details"] = self.details
         return body
+
+    @classmethod
+    def from_problem(cls, told: object) -> CortexError:
+        """The error that problem details were made from, as far as a peer tells it."""
+        facts: dict[str, Any] = told if isinstance(told, dict) else {}
+        details = facts.get("details")
+        return cls(
+            code_of(str(facts.get("code")), Code.INTERNAL),
+            str(facts.get("title") or "the broker refused"),
+            hint=str(facts.get("hint") or "see the broker's log"),
+            cause=facts.get("detail"),
+            details=details if isinstance(details, dict) else None,
+        )
 
     def close_reason(self) -> str:
         """A close frame's reason: at most 123 bytes of UTF-8 (RFC 6455 section 5.5)."""

@@ -17,7 +17,7 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
-from broker.errors import Code, CortexError
+from broker.errors import Code, CortexError, code_of
 
 Message = dict[str, Any]
 OnMessage = Callable[[Message], Awaitable[None]]
@@ -26,7 +26,6 @@ CALL_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0
 TURN_SILENCE_S = 3600.0
 """Longest silence in a turn; agents run long commands."""
-_CODES = {code.slug: code for code in Code}
 
 
 class AcpCaller(ABC):
@@ -150,6 +149,17 @@ class AcpStream(AcpCaller):
             raise self.ended or _broken(error.strerror or "the stream broke") from error
 
 
+def decide(params: Message, policy: str) -> dict[str, str]:
+    """The ACP outcome of a permission request under ``policy`` (allow or deny), once rather than for always."""
+    kinds = ("allow_once", "allow_always") if policy == "allow" else ("reject_once", "reject_always")
+    options = [option for option in params.get("options", ()) if isinstance(option, dict)]
+    for kind in kinds:
+        for option in options:
+            if option.get("kind") == kind and isinstance(option.get("optionId"), str):
+                return {"outcome": "selected", "optionId": option["optionId"]}
+    return {"outcome": "cancelled"}
+
+
 def parse_message(text: bytes | str) -> Message:
     """One JSON-RPC message. Raises ``AGENT_FAILED``."""
     try:
@@ -169,7 +179,7 @@ def _checked(message: Message, method: str) -> Message:
     given = facts.get("data")
     data: Message = given if isinstance(given, dict) else {}
     raise CortexError(
-        _CODES.get(str(data.get("code")), Code.AGENT_FAILED),
+        code_of(str(data.get("code")), Code.AGENT_FAILED),
         f"the agent refused {method}: {str(facts.get('message'))[:500]}",
         hint=str(data.get("hint") or "see the agent's documentation"),
         details={"jsonrpc_code": facts.get("code")},

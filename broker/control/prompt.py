@@ -17,7 +17,7 @@ import structlog
 from aiohttp import web
 
 from broker.control import schema
-from broker.control.acp import TURN_SILENCE_S, AcpStream, Message
+from broker.control.acp import TURN_SILENCE_S, AcpStream, Message, decide
 from broker.control.requests import body
 from broker.control.routes import Control, control
 from broker.control.sessions import load
@@ -209,17 +209,6 @@ class Turn:
     def _policy(self) -> str:
         own = self._session.view().get("permission_policy")
         return own if own in ("allow", "deny") else self._context.config().session.permission_policy
-
-
-def decide(params: Message, policy: str) -> dict[str, str]:
-    """The ACP outcome of a permission request under ``policy`` (allow or deny), once rather than for always."""
-    kinds = ("allow_once", "allow_always") if policy == "allow" else ("reject_once", "reject_always")
-    options = [option for option in params.get("options", ()) if isinstance(option, dict)]
-    for kind in kinds:
-        for option in options:
-            if option.get("kind") == kind and isinstance(option.get("optionId"), str):
-                return {"outcome": "selected", "optionId": option["optionId"]}
-    return {"outcome": "cancelled"}
 
 
 async def prompt(request: web.Request) -> web.StreamResponse:

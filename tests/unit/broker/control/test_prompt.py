@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from broker.control.prompt import decide
+from broker.control.acp import decide
 from broker.errors import Code, CortexError
 from tests.unit.broker.control.conftest import ADMIN, Api
 

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def attach() -> None:
+    """stub"""

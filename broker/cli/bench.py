@@ -1,0 +1,40 @@
+"""`cortex bench`: measures, each figure beside its peers in one run."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+import broker
+from broker.errors import Code, CortexError
+
+
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="relay or bringup.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the list of targets.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="Also what takes longer than 9 minutes.")] = False,
+) -> None:
+    """Run a benchmark; exit 1 when a target is missed."""
+    module = find(name)
+    arguments = [flag for flag, on in (("--json", as_json), ("--long", long)) if on]
+    raise typer.Exit(module.main(arguments))
+
+
+def find(name: str) -> ModuleType:
+    """The module ``bench.NAME`` of the source tree. Raises ``NOT_FOUND``."""
+    root = Path(broker.__file__).parent.parent
+    if not re.fullmatch(r"[a-z][a-z_]*", name) or not (root / "bench" / f"{name}.py").is_file():
+        raise CortexError(
+            Code.NOT_FOUND,
+            f"there is no benchmark {name[:40]!r} here",
+            hint="benchmarks are in the source tree, not in an installed package; names: relay, bringup",
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module(f"bench.{name}")
