@@ -41,8 +41,15 @@ class Connection(asyncio.Protocol):
         self._on_message = on_message
         self._decoder = codec.Decoder()
         self._transport: asyncio.Transport | None = None
+        self._held: list[Message] | None = []
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.welcomed: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+
+    def deliver(self) -> None:
+        """Messages are held until here, so that their answers find the connection in its place."""
+        held, self._held = self._held or [], None
+        for message in held:
+            self._on_message(message)
 
     def send(self, message: Message) -> None:
         """Never blocks; a broker that does not read is dropped."""
@@ -64,10 +71,13 @@ class Connection(asyncio.Protocol):
         try:
             for raw in self._decoder.feed(data):
                 message = parse(raw, FROM_BROKER)
-                if not isinstance(message, Welcome):
+                if isinstance(message, Welcome):
+                    if not self.welcomed.done():
+                        self.welcomed.set_result(message)
+                elif self._held is not None:
+                    self._held.append(message)
+                else:
                     self._on_message(message)
-                elif not self.welcomed.done():
-                    self.welcomed.set_result(message)
         except codec.WireError as error:
             log.warning("control connection: %s", error)
             if self._transport is not None:
@@ -133,6 +143,7 @@ class Control:
     async def _serve(self, connection: Connection) -> None:
         self._connection = connection
         self._on_up()
+        connection.deliver()
         try:
             await asyncio.shield(connection.lost)
         finally:
