@@ -20,7 +20,7 @@ from sandbox_agent import spawn
 from sandbox_agent.wire.messages import Build, Built
 
 NPM_SPEC = re.compile(
-    r"(?P<name>(?:@[a-z0-9~-][a-z0-9._~-]*/)?[a-zA-Z0-9~-][a-zA-Z0-9._~-]*)(?:@(?P<version>[\w.^~<>=*+-]+))?"
+    r"(?P<name>(?:@[a-z0-9~][a-z0-9._~-]*/)?[a-zA-Z0-9~][a-zA-Z0-9._~-]*)(?:@(?P<version>[\w.^~<>=*+-]+))?"
 )
 """A package in a registry. Never a URL, a git address or a path: those run what they like."""
 PYPI_SPEC = re.compile(
