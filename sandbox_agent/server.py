@@ -27,7 +27,7 @@ from sandbox_agent.wire.codec import WireError
 from sandbox_agent.wire.messages import Attach, Bind, Build, Built, Hello, Message, Probe, Status, Stop, Welcome
 
 SIGNAL_GRACE_S = 5.0
-REAP_EVERY_S = 5.0
+REAP_EVERY_S = 2.0
 """Only as process 1, where orphans become ours."""
 
 MakeHub = Callable[[str, Welcome, Callable[[], None]], AgentHub]

@@ -253,13 +253,13 @@ class Sandbox:
         self.home.mkdir(parents=True)
         self.process: asyncio.subprocess.Process | None = None
 
-    async def start(self, *, uid: int | None = None) -> int:
-        """Starts it as the process driver does; returns the pid."""
+    async def start(self, *wrapper: str) -> int:
+        """Starts it as the process driver does, inside ``wrapper`` if given; returns the pid."""
         arguments = ["--socket-dir", str(self.socks), "--vol", str(self.vol)]
         env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
         command = [sys.executable, "-I", "-S", str(PACKAGE / "__main__.py")]
         self.process = await asyncio.create_subprocess_exec(
-            *command, *arguments, env=env, cwd="/", stdin=asyncio.subprocess.DEVNULL, user=uid
+            *wrapper, *command, *arguments, env=env, cwd="/", stdin=asyncio.subprocess.DEVNULL
         )
         return self.process.pid
 

@@ -256,3 +256,24 @@ async def test_the_wrong_kind_of_client_is_told(sandbox: Sandbox, broker: Broker
     assert frame.data[:2] == (4400).to_bytes(2, "big")
     assert await client.receive() is None
     assert (await Client.attach(broker, "raw")).sock is not client.sock  # the used stream was replaced
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")
+async def test_as_process_1_it_takes_in_orphans_and_still_sees_its_agent_die(sandbox: Sandbox, broker: Broker) -> None:
+    assert broker.welcome is not None
+    leaves_orphans = shell("(sleep 0.1 & sleep 0.2 &) ; exec {python} -I -S {sandbox_agent}/demo.py")
+    broker.welcome = replace(broker.welcome, agent_spec=leaves_orphans)
+    outside = await sandbox.start("unshare", "--pid", "--fork", "--kill-child")
+    control = await broker.control()
+    assert control.hello.pid == 1
+    await control.status("ready")
+    (init,) = children(outside)
+    assert len(children(init)) == 3
+    async with asyncio.timeout(10):
+        while len(children(init)) > 1:
+            await asyncio.sleep(0.05)
+    os.kill(children(init)[0], signal.SIGKILL)
+    assert "killed by signal 9" in (await control.status("restarting")).what
+    await control.status("ready")
+    await control.send(Stop(grace_s=1.0))
+    assert await sandbox.ended() == 0
