@@ -86,7 +86,8 @@ class Client(asyncio.Protocol):
         self.inserts: deque[Insert] = deque()
         self.pump_due = False
         self.subscriptions: dict[int, int] = {}
-        self.calls: dict[Any, int] = {}
+        self.calls: dict[object, tuple[str, Any, int]] = {}
+        """Open at the agent for it: method, the client's id, the id at the agent."""
         self.strikes = 0
         self.since = 0.0
         self.closing = False
@@ -177,9 +178,7 @@ class Client(asyncio.Protocol):
 
     def regulate_reading(self) -> None:
         """Reads on only while what waits, in and out, is bounded."""
-        crowded = (
-            len(self.inbox) > INBOX_MESSAGES or self.inbox_bytes > INBOX_BYTES or len(self.inserts) > INSERTS
-        )
+        crowded = len(self.inbox) > INBOX_MESSAGES or self.inbox_bytes > INBOX_BYTES or len(self.inserts) > INSERTS
         if self._transport is None or self.closing or crowded != self._reading:
             return
         self._reading = not crowded

@@ -60,7 +60,13 @@ class Conversation:
     extras: dict[str, Any] = field(default_factory=dict)
     live: bool = False
     """The agent process that runs now has it."""
+    servers: list[dict[str, Any]] = field(default_factory=list)
+    """MCP servers that a client was allowed to add."""
+    version: int = 0
+    """Version of the configured MCP servers that the agent opened it with."""
     restoring: bool = False
+    refreshing: bool = False
+    """It is opened again for other MCP servers; if that fails it goes on as it was."""
     quiet: bool = False
     """What the agent says of it is its own replay and goes to nobody."""
     turn: Turn | None = None
@@ -132,8 +138,17 @@ class Conversations:
         self._open: dict[int, tuple[int, str, bool]] = {}
 
     def add(self, session_id: str, cwd: str, *, first: int, at: float) -> Conversation:
-        """A new conversation, known by the same id on both sides. The oldest idle one may be forgotten for it."""
-        found = Conversation(self._next_number, session_id, session_id, cwd, at=at, first=first)
+        """A new conversation; the clients' id for it is the agent's, unless that is taken.
+
+        The oldest idle one may be forgotten for it.
+        """
+        public = session_id
+        if session_id in self.by_id:  # an agent that starts numbering anew
+            public = f"{session_id}.{self._next_number}"
+            older = self.by_agent_id.get(session_id)
+            if older is not None:
+                older.agent_id = ""
+        found = Conversation(self._next_number, public, session_id, cwd, at=at, first=first)
         self._next_number += 1
         self._put(found)
         if len(self.by_id) > MAX_CONVERSATIONS:

@@ -135,6 +135,8 @@ class Outbox:
 
     def insert(self, client: Client, insert: Insert) -> None:
         """Sends it when the client has come to where it belongs."""
+        if client.closing:
+            return
         client.inserts.append(insert)
         self._fall_behind(client, self._journal.tail)
 
@@ -194,6 +196,10 @@ class Outbox:
                 self.flush()
             return False
         return self.flush()
+
+    def sync(self) -> None:
+        """Brings what was journaled to disk."""
+        self._journal.sync()
 
     @property
     def position(self) -> int:

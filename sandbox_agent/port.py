@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sandbox_agent.wire.messages import AgentSpec, Attach
 
@@ -17,6 +17,14 @@ class AgentChannel(Protocol):
 
     def write(self, line: bytes) -> None:
         """Sends one JSON-RPC message, newline included. Never blocks, never fails."""
+
+
+@runtime_checkable
+class HoldableChannel(AgentChannel, Protocol):
+    """A channel whose other direction can be held back: while the journal has no space."""
+
+    def hold(self, held: bool) -> None:
+        """Reads no more of the agent's output, or goes on. Idempotent."""
 
 
 class AgentHub(Protocol):

@@ -1,0 +1,114 @@
+"""Brings a conversation back into an agent process that does not have it, without clients noticing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sandbox_agent import records
+from sandbox_agent.agent_side import AgentSide
+from sandbox_agent.conversations import Conversation, Conversations, WhenLive
+from sandbox_agent.jsonrpc import Message
+from sandbox_agent.outbox import Outbox
+from sandbox_agent.settings import AgentSettings
+from sandbox_agent.tasks import log
+
+
+class Restorer:
+    """``session/resume`` where the agent can, else ``session/load`` (its replay goes to nobody), else a new
+    agent session under the old id. ``on_lost`` hears of the last case: the agent remembers nothing then."""
+
+    def __init__(
+        self,
+        *,
+        agent: AgentSide,
+        outbox: Outbox,
+        conversations: Conversations,
+        settings: AgentSettings,
+        on_lost: Callable[[Conversation], None],
+    ) -> None:
+        self._agent = agent
+        self._outbox = outbox
+        self._conversations = conversations
+        self._settings = settings
+        self._on_lost = on_lost
+
+    def ensure(self, conversation: Conversation, then: WhenLive) -> None:
+        """Calls ``then`` when the agent has the conversation (at once if it does), or with the error."""
+        if conversation.live:
+            then(None)
+            return
+        conversation.when_live.append(then)
+        if conversation.restoring:
+            return
+        conversation.restoring = True
+        if not conversation.agent_id:
+            self._anew(conversation)
+        elif self._agent.can("resume"):
+            self._ask(conversation, "session/resume")
+        elif self._agent.can("loadSession"):
+            conversation.quiet = True
+            self._ask(conversation, "session/load")
+        else:
+            self._anew(conversation)
+
+    def refresh(self, conversation: Conversation) -> None:
+        """Lets ``ensure`` open it again where the configured MCP servers have changed since it was opened."""
+        changed = conversation.version != self._settings.version
+        idle = conversation.live and conversation.turn is None and not conversation.restoring
+        if changed and idle and (self._agent.can("resume") or self._agent.can("loadSession")):
+            conversation.live, conversation.refreshing = False, True
+
+    def _ask(self, conversation: Conversation, method: str) -> None:
+        params = {"sessionId": conversation.agent_id, **self._place(conversation)}
+        self._agent.call(method, params, lambda reply: self._asked(conversation, reply))
+
+    def _asked(self, conversation: Conversation, reply: Message) -> None:
+        if not conversation.restoring:
+            return
+        if "error" in reply and conversation.refreshing and self._agent.ready:
+            self._done(conversation, {"result": None})
+        elif "error" in reply and self._agent.ready:
+            log.warning("the agent could not restore a conversation: %s", str(reply["error"])[:300])
+            self._anew(conversation)
+        else:
+            self._done(conversation, reply)
+
+    def _anew(self, conversation: Conversation) -> None:
+        conversation.quiet = False
+        self._agent.call("session/new", self._place(conversation), lambda reply: self._made(conversation, reply))
+
+    def _made(self, conversation: Conversation, reply: Message) -> None:
+        if not conversation.restoring:
+            return
+        result = reply.get("result")
+        if isinstance(result, dict) and isinstance(result.get("sessionId"), str):
+            self._conversations.rename(conversation, result["sessionId"])
+            self._done(conversation, reply)
+            self._on_lost(conversation)
+        elif "error" in reply:
+            self._done(conversation, reply)
+        else:
+            self._done(conversation, {"error": {"code": -32603, "message": "the agent made no session"}})
+
+    def _done(self, conversation: Conversation, reply: Message) -> None:
+        conversation.restoring = conversation.refreshing = False
+        error = reply if "error" in reply else None
+        if error is None:
+            conversation.live, conversation.version = True, self._settings.version
+            conversation.take_extras(reply.get("result"))
+            self._outbox.note(records.CONVERSATION, conversation.saved(), conversation)
+        waiting, conversation.when_live = conversation.when_live, []
+        for then in waiting:
+            then(error)
+        self._outbox.flush()
+
+    def _place(self, conversation: Conversation) -> Message:
+        try:
+            self._settings.workspace.make(conversation.cwd)
+        except OSError as error:
+            log.warning("the workspace cannot be made: %s", error)
+        return {"cwd": conversation.cwd, "mcpServers": self._settings.servers(conversation.servers)}
+
+    def agent_down(self, conversation: Conversation) -> None:
+        """The process is gone; what was under way has been answered with its error already."""
+        conversation.live = conversation.restoring = conversation.quiet = conversation.refreshing = False
