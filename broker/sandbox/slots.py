@@ -211,7 +211,7 @@ class Slots:
                 self._drop_blank(place)
             # The link first: after a crash in between the home is at rest still, and in one place.
             self._set_owner(slot, key)
-            os.rename(rest, place.home_dir)
+            _move(rest, place.home_dir)
         return True
 
     def _must_be_free(self, slot: str, key: str) -> None:
@@ -263,7 +263,7 @@ class Slots:
                     self.quarantine(slot, reason)
                     return False
                 rest.parent.mkdir(mode=0o700, exist_ok=True)
-                os.rename(place.home_dir, rest)
+                _move(place.home_dir, rest)
             self._clear_owner(slot)
         return True
 
@@ -289,7 +289,7 @@ class Slots:
         with _mapped("quarantine a home"):
             moved = _exists(home)
             if moved:
-                os.rename(home, target)
+                _move(home, target)
             if slot is not None:
                 self._clear_owner(slot)
         if not moved:
@@ -356,6 +356,17 @@ def _is_dir(path: Path) -> bool:
         return stat.S_ISDIR(os.lstat(path).st_mode)
     except FileNotFoundError:
         return False
+
+
+def _move(source: Path, target: Path) -> None:
+    """Renames a directory that its owner may have closed; moving one writes its ".."."""
+    try:
+        os.rename(source, target)
+    except PermissionError:
+        if not _is_dir(source):
+            raise
+        os.chmod(source, 0o700)
+        os.rename(source, target)
 
 
 def _exists(path: Path) -> bool:

@@ -315,6 +315,9 @@ def test_command_lines(command: str, args: list[str], expected: tuple[str, str |
     assert (call and (call.spec, call.command, call.args)) == expected
 
 
+WORDS = ["exec", "tool", "run", "-y", "-p", "--from", "--", "-", "--package=", "a", "@a/b@1", ""]
+
+
 @given(
     st.sampled_from(["npx", "npm", "uvx", "uv", "pipx"]),
     st.lists(
