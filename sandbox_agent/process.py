@@ -86,6 +86,7 @@ class AgentProcess:
         self._wake = asyncio.Event()
         self._exit: int | None = None
         self._hung = False
+        self._up = False
         self._stopping = False
         self._turns = 0
         self._policy = RestartPolicy(0)
@@ -194,6 +195,7 @@ class AgentProcess:
         """Returns why we ended it ("": for another specification), None when it ended by itself."""
         deadline = asyncio.get_running_loop().time() + spec.init_timeout_s
         if not self.websocket:
+            self._up = True
             self._hub.agent_up(stdio, spec)
         elif await self._port_ready(child.port, spec.init_timeout_s, self._interrupted):
             self._set("ready")
@@ -201,6 +203,7 @@ class AgentProcess:
             if self.state == "starting" and not self.websocket and self._hub.agent_info:
                 self._set("ready")
             if self._next is not None and self.idle and not self._stopping:
+                self._down("its configuration changed", final=False)  # first, so that no turn begins in the old one
                 await self._end(RESTART_GRACE_S)
                 return ""
             if self._hung:
@@ -218,7 +221,8 @@ class AgentProcess:
             self._down("the sandbox stops", final=True)
             return
         if replaced or self._next is not None:
-            self._down("its configuration changed", final=False)
+            if not replaced:
+                self._down(reason, final=False)
             self._set("restarting")
             return
         if self._exit == NOT_FOUND_EXIT and up_s < spec.init_timeout_s and self.state != "ready":
@@ -250,10 +254,11 @@ class AgentProcess:
     # -- parts ----------------------------------------------------------------------------------
 
     def _lines(self, lines: list[bytes]) -> None:
-        if not self.websocket:
+        if self._up:
             self._hub.agent_lines(lines)
 
     def _down(self, what: str, *, final: bool) -> None:
+        self._up = False
         if not self.websocket:
             self._hub.agent_down(what, final=final)
 
