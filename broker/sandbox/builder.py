@@ -97,6 +97,7 @@ class Builder:
             vol_dir=slot.vol_dir,
             packages_dir=self._slots.packages_dir,
             uid=self._slots.uid,
+            gid=self._slots.gid,
             role="builder",
         )
 

@@ -90,7 +90,7 @@ class PackageShelf:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._root = slots.packages_dir
-        self._inside = PACKAGES_DIR if driver.isolated else str(slots.packages_dir)
+        self._driver = driver
         self._index = index
         self._builder = Builder(
             driver=driver, slots=slots, network=network, config=config, installation_key=installation_key
@@ -140,7 +140,8 @@ class PackageShelf:
                 hint=f"it has: {', '.join(sorted(package.bins))[:200]}",
             )
             return
-        command = f"{self._inside}/{package.key}/{path}"
+        inside = PACKAGES_DIR if self._driver.isolated else self._root
+        command = f"{inside}/{package.key}/{path}"
         resolved.servers.append({**server, "command": command, "args": list(call.args)})
 
     def _failed(self, spec: str) -> CortexError | None:

@@ -12,7 +12,7 @@ import stat
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ CAPABILITY_VERSION_3 = 0x20080522
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
+def state(tmp_path: Path) -> Path:
     """A state directory that every uid can reach."""
     path = tmp_path
     while path != Path(path.root) and path != Path("/tmp"):
@@ -40,7 +40,7 @@ def state(tmp_path: Path) -> Iterator[Path]:
         path = path.parent
     made = tmp_path / "state"
     made.mkdir()
-    yield made
+    return made
 
 
 def become(uid: int, *, capabilities: tuple[int, ...] = ()) -> None:
@@ -65,7 +65,7 @@ def as_child(work: Callable[[], None]) -> None:
         try:
             work()
             code = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001
             traceback.print_exc()
             sys.stderr.flush()
         finally:
@@ -182,8 +182,7 @@ def test_a_full_disk_says_so_and_loses_no_home(state: Path) -> None:
         slot = slots.create(slots.new_id())
         slots.adopt_home(slot.id, KEY)
         with pytest.raises(CortexError) as caught:
-            for _ in range(40):
-                slots.create(slots.new_id())
+            [slots.create(slots.new_id()) for _ in range(40)]
         assert caught.value.code is Code.DISK_FULL
         assert slots.owner(slot.id) == KEY
 
