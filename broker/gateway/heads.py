@@ -79,7 +79,9 @@ class _Collector:
 
 def bad(what: str) -> CortexError:
     """A request that breaks RFC 9112."""
-    return CortexError(Code.BAD_REQUEST, what, hint="send one well-formed HTTP/1.1 request at a time")
+    return CortexError(
+        Code.BAD_REQUEST, what[:1].upper() + what[1:], hint="send one well-formed HTTP/1.1 request at a time"
+    )
 
 
 def parse_request(raw: bytes) -> RequestHead:

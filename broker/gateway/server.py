@@ -8,6 +8,7 @@ bounded in size and time, bodies stream and are never kept.
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 
 import structlog
 
@@ -54,9 +55,8 @@ class Connection(asyncio.Protocol):
     # -- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=WRITE_HIGH)
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH)
         self.face.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import Protocol, cast
 
 from broker.errors import CortexError
 from broker.gateway.answers import ESTABLISHED
@@ -128,9 +128,8 @@ class Tunnel(asyncio.Protocol):
     # -- the far side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=WRITE_HIGH)
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH)
         self.hold(True)
 
     def data_received(self, data: bytes) -> None:
