@@ -48,15 +48,15 @@ class Arrival(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         if self._done:
+            # Reading goes on so that a client that leaves is noticed; one that talks on is not waited for.
+            if len(self._buffer) > MAX_HEAD and self.transport is not None:
+                self.transport.pause_reading()
             return
         end = self._buffer.find(_END)
         if end > MAX_HEAD or (end < 0 and len(self._buffer) > MAX_HEAD):
             self.refuse(too_big())
         elif end >= 0:
             self._finish()
-            # One chunk may still come in: reading stops only when the loop comes round to it.
-            if self.transport is not None:
-                self.transport.pause_reading()
             head = bytes(self._buffer[: end + len(_END)])
             del self._buffer[: end + len(_END)]
             self._on_head(self, head)
