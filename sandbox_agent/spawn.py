@@ -87,9 +87,8 @@ def fill(text: str, places: dict[str, str]) -> str:
 def launch(
     command: list[str], env: dict[str, str], files: dict[str, str], cwd: str, surroundings: Surroundings
 ) -> Child:
-    """Starts an agent: fills placeholders in, writes missing ``files``, runs ``command`` in ``cwd``.
-
-    Raises ``SpawnError``.
+    """Starts an agent: fills placeholders in, writes missing ``files``, runs ``command`` in ``cwd``,
+    which is made when it is missing (a new user's workspace). Raises ``SpawnError``.
     """
     places = surroundings.places()
     port = 0
@@ -105,7 +104,16 @@ def launch(
             f"a file of the agent cannot be written: {error}",
             "look at the agent's files in config.toml",
         ) from error
-    child = spawn([fill(word, places) for word in command], full, fill(cwd, places))
+    directory = fill(cwd, places)
+    try:
+        os.makedirs(directory, mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise SpawnError(
+            "agent.failed",
+            f"the workspace {directory!r} cannot be made: {error.strerror}",
+            "choose another path in section workspace, or remove what is in its place",
+        ) from error
+    child = spawn([fill(word, places) for word in command], full, directory)
     child.port = port
     return child
 
