@@ -1,0 +1,81 @@
+"""What the model says, told by the prompt itself. Pure.
+
+- ``[[chunks=20 delay=50]]``: that many chunks ``w0 w1 …``, that many milliseconds apart
+- ``[[tool=NAME {"json": "arguments"}]]``: a call of the tool of that name (the whole name that the
+  CLI gave it, or the end of it), then, once its result came, ``tool said: RESULT``
+- anything else: ``heard: PROMPT``, word by word
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_CHUNKS = re.compile(r"\[\[chunks=(?P<count>\d+)(?: delay=(?P<delay>\d+))?\]\]")
+_TOOL = re.compile(r"\[\[tool=(?P<name>[^\s\]]+)\s*(?P<arguments>\{.*?\})?\s*\]\]", re.DOTALL)
+_HEARD = 200
+"""Characters of a prompt that are said back."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool that the CLI offers. ``kind`` and ``namespace`` are the provider's."""
+
+    name: str
+    namespace: str = ""
+    kind: str = "function"
+
+    @property
+    def full(self) -> str:
+        return self.namespace + self.name
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, whatever its API: the last user text, or the result of the tool called last."""
+
+    text: str = ""
+    result: str | None = None
+    tools: Sequence[Tool] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``chunks`` of text ``delay_s`` apart, or one call."""
+
+    chunks: list[str] = field(default_factory=list)
+    delay_s: float = 0.0
+    tool: Tool | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.chunks)
+
+
+def words(text: str) -> list[str]:
+    """``text`` in chunks of one word and the space behind it."""
+    return re.findall(r"\S+\s*", text)
+
+
+def answer(asked: Asked) -> Answer:
+    """What is said to a request."""
+    if asked.result is not None:
+        return Answer(words(f"tool said: {asked.result}"))
+    if found := _TOOL.search(asked.text):
+        tool = find_tool(asked.tools, found["name"])
+        if tool is None:
+            return Answer(words(f"no tool {found['name']} among {len(asked.tools)}"))
+        return Answer(tool=tool, arguments=json.loads(found["arguments"] or "{}"))
+    if found := _CHUNKS.search(asked.text):
+        return Answer([f"w{number} " for number in range(int(found["count"]))], int(found["delay"] or 0) / 1000)
+    return Answer(words(f"heard: {asked.text[-_HEARD:]}"))
+
+
+def find_tool(tools: Sequence[Tool], name: str) -> Tool | None:
+    """By its whole name, else by the end of it."""
+    whole = [tool for tool in tools if name in (tool.name, tool.full)]
+    return next(iter(whole), next((tool for tool in tools if tool.full.endswith(name)), None))
