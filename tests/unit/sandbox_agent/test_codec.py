@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandbox_agent.wire import codec
@@ -16,6 +16,7 @@ VALUES = st.recursive(
 MAPS = st.dictionaries(st.text(max_size=8), VALUES, max_size=5)
 
 
+@settings(max_examples=40)
 @given(st.lists(MAPS, max_size=4), st.integers(1, 9))
 def test_messages_survive_any_cut_of_the_stream(messages: list[dict[str, object]], step: int) -> None:
     data = b"".join(codec.pack(message) for message in messages)
