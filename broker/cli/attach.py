@@ -29,7 +29,7 @@ TokenFile = Annotated[
 
 def attach(
     target: Annotated[
-        str, typer.Argument(metavar="[USER[/WORKSPACE]]", help="Whose session. Default: who runs this.")
+        str, typer.Argument(metavar="USER[/WORKSPACE]", help="Whose session. Default: who runs this.")
     ] = "",
     url: Annotated[str, typer.Option(help="A broker elsewhere, wss://host/acp; needs a token.", metavar="WSS")] = "",
     token_file: TokenFile = None,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Validate and show the settings.", no_args_is_help=True)
 
-File = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Default: the file that serve would read.")]
+File = Annotated[Path | None, typer.Argument(metavar="FILE", help="Default: the file that serve would read.")]
 
 
 @app.command()

@@ -109,12 +109,13 @@ class Memory:
         request = self._pending.pop(_key(message.get("id")), None)
         if request is None:
             return []
-        if request["method"] in OPENS and isinstance(message.get("result"), dict):
-            params = request.get("params") or {}
-            name = message["result"].get("sessionId") or params.get("sessionId")
+        params, result = request.get("params") or {}, message.get("result")
+        name = params.get("sessionId")
+        if request["method"] in OPENS and isinstance(result, dict):
+            name = result.get("sessionId") or name
             if isinstance(name, str):
                 self._conversations[name] = params | {"sessionId": name}
-        self._note(message.get("result"), (request.get("params") or {}).get("sessionId"))
+        self._note(result, name)
         return [message]
 
     def _request(self, message: Message) -> tuple[list[Message], list[Message]]:

@@ -22,7 +22,8 @@ class LineReader:
         self._fd = fd
         self._limit = limit
         self._loop = asyncio.get_running_loop()
-        self._lines: asyncio.Queue[bytes | CortexError | None] = asyncio.Queue(ahead)
+        self._room = threading.Semaphore(ahead)
+        self._lines: asyncio.Queue[bytes | CortexError | None] = asyncio.Queue()
         self._ended = False
         threading.Thread(target=self._read, name="stdin", daemon=True).start()
 
@@ -31,6 +32,7 @@ class LineReader:
         if self._ended:
             return None
         line = await self._lines.get()
+        self._room.release()
         if isinstance(line, CortexError):
             self._ended = True
             raise line
@@ -57,12 +59,13 @@ class LineReader:
             if buffer:
                 self._put(bytes(buffer))
             self._put(None)
-        except (RuntimeError, asyncio.CancelledError, OSError):
+        except (RuntimeError, OSError):
             return  # the loop is closed, or the descriptor is
 
     def _put(self, item: bytes | CortexError | None) -> None:
-        """Waits while the queue is full."""
-        asyncio.run_coroutine_threadsafe(self._lines.put(item), self._loop).result()
+        """Waits while as many lines are read ahead as may be."""
+        self._room.acquire()
+        self._loop.call_soon_threadsafe(self._lines.put_nowait, item)
 
 
 def _too_long(limit: int) -> CortexError:

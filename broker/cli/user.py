@@ -38,7 +38,7 @@ def get(user: User, section: Section, config: Config = None, control: ControlUrl
 def set_(
     user: User,
     section: Section,
-    file: Annotated[str, typer.Argument(metavar="[FILE]", help="JSON, or TOML when named so; - is stdin.")] = "-",
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON, or TOML when named so; - is stdin.")] = "-",
     config: Config = None,
     control: ControlUrl = "",
     as_json: Json = False,
