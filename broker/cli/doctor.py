@@ -25,7 +25,9 @@ STYLES = {"ok": "32", "note": "36", "warning": "33", "failure": "31"}
 def doctor(config: Config = None, as_json: Json = False) -> None:
     """Check the host; each finding has a code, what is wrong and what mends it. Exit 1 on a failure."""
     from broker.cli import findings
+    from broker.host import logs
 
+    logs.setup("error", "text")
     found, loaded = findings.check_settings(config)
     found += [findings.check_python(sys.version_info[:3]), findings.check_sqlite(sqlite3.sqlite_version_info)]
     found += findings.check_limits(*resource.getrlimit(resource.RLIMIT_NOFILE))
