@@ -22,7 +22,6 @@ from sandbox_agent.wire.messages import Built, Hello, Status, Welcome
 log = structlog.get_logger(__name__)
 
 _INCARNATION = 1
-_GRACE = 1.0
 
 
 class BuilderNetwork(Protocol):
@@ -166,7 +165,6 @@ class _Run:
         """Removes the sandbox; nothing of it runs when this returns. Raises ``CortexError``."""
         await self._tasks.close()
         if self._link is not None:
-            await self._link.stop(_GRACE)
             await self._link.close("the build is over")
         if self._asked and not self._ref:
             mine = [found.ref for found in await self._driver.list() if found.slot == self.slot.id]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-_NPM = re.compile(r"((?:@[a-z0-9~-][a-z0-9._~-]*/)?[A-Za-z0-9~-][A-Za-z0-9._~-]*)(?:@[\w.^~<>=*+-]+)?")
+_NPM = re.compile(r"((?:@[a-z0-9~][a-z0-9._~-]*/)?[A-Za-z0-9~][A-Za-z0-9._~-]*)(?:@[\w.^~<>=*+-]+)?")
 _PYPI = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[A-Za-z0-9,._-]+\])?(?:(?:==|@)[A-Za-z0-9.!+_-]+)?")
 _MAX_PACKAGE = 214
 """Longest name that npm allows; nothing in Python's index comes near."""

@@ -5,7 +5,7 @@ Under ``state_dir`` (0700, one file system)::
     slots/SLOT/sock   mounted read-only at /run/cortex; holds the three sockets
     slots/SLOT/vol    mounted at /vol; the broker's, the sandbox cannot write at its top
     slots/SLOT/vol/home   HOME of the sandbox, the sandbox uid's
-    slots/SLOT/owner  a symbolic link whose text is the key of the home inside (one atomic call)
+    slots/SLOT/owner.KEY  says whose home is inside; "owner." as long as it is nobody's
     homes/KEY/home    a user's home at rest
     homes/KEY/journal the broker's, never mounted
     packages/         shared MCP packages, mounted read-only
@@ -38,6 +38,7 @@ MAX_SOCKET_PATH = 107
 """Bytes of a Unix socket's path without its closing NUL (unix(7))."""
 _LONGEST_SOCKET = "gateway"
 _SLOT = re.compile(r"[a-z0-9]{1,16}")
+_OWNER = "owner."
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -150,6 +151,7 @@ class Slots:
         with _mapped("make a slot"):
             made.root.mkdir(mode=0o700)
             try:
+                (made.root / _OWNER).touch(mode=0o600)
                 self._share(made.sock_dir, 0o750)
                 self._share(made.vol_dir, 0o750)
                 made.home_dir.mkdir(mode=0o700)
@@ -185,8 +187,9 @@ class Slots:
         if self._owners is None:
             self._owners = {}
             for slot in self.ids():
-                with suppress(OSError):
-                    self._owners[slot] = os.readlink(self._slots / slot / "owner")
+                for name in os.listdir(self._slots / slot):
+                    if name.startswith(_OWNER) and name != _OWNER:
+                        self._owners[slot] = name.removeprefix(_OWNER)
         return self._owners
 
     def owner(self, slot: str) -> str | None:
@@ -203,13 +206,14 @@ class Slots:
         self._must_be_free(slot, key)
         with _mapped("move a home into its slot"):
             if not _is_dir(rest):
+                self._must_have_blank(place)
                 self._set_owner(slot, key)
                 return False
             if self.owner(slot) == key and _exists(place.home_dir):
                 self.quarantine(slot, "the home is at rest and in its slot")
             elif _exists(place.home_dir):
-                self._drop_blank(place)
-            # The link first: after a crash in between the home is at rest still, and in one place.
+                os.rename(place.home_dir, place.root / f"blank.{secrets.token_hex(4)}")
+            # The owner first: after a crash in between the home is at rest still, and in one place.
             self._set_owner(slot, key)
             _move(rest, place.home_dir)
         return True
@@ -229,21 +233,24 @@ class Slots:
                 hint="a slot is claimed once; take a new one",
             )
 
+    def _must_have_blank(self, place: Slot) -> None:
+        if not _is_dir(place.home_dir):
+            raise CortexError(
+                Code.SESSION_CONFLICT,
+                f"slot {place.id} has no blank home any more",
+                hint="a slot is claimed once; take a new one",
+            )
+
     def _set_owner(self, slot: str, key: str) -> None:
+        # Renames only, on the way of a claim: making or freeing an inode costs a hundred times as much.
         if self.owner(slot) != key:
-            os.symlink(key, self._slots / slot / "owner")
+            os.rename(self._slots / slot / _OWNER, self._slots / slot / f"{_OWNER}{key}")
             self.owners()[slot] = key
 
     def _clear_owner(self, slot: str) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(self._slots / slot / "owner")
-        self.owners().pop(slot, None)
-
-    def _drop_blank(self, place: Slot) -> None:
-        try:
-            os.rmdir(place.home_dir)
-        except OSError:
-            discard(place.home_dir, self._trash)
+        key = self.owners().pop(slot, None)
+        if key is not None:
+            os.rename(self._slots / slot / f"{_OWNER}{key}", self._slots / slot / _OWNER)
 
     def release_home(self, slot: str, key: str) -> bool:
         """Takes the home out of the slot to rest. Only for a sandbox known to be dead. Idempotent.
