@@ -16,27 +16,23 @@ Under ``state_dir`` (0700, one file system)::
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from broker.errors import Code, CortexError
+from broker.sandbox.ground import mapped, prove, sockets_fit
 from broker.sandbox.trash import discard, erase
 
 log = structlog.get_logger(__name__)
 
-MAX_SOCKET_PATH = 107
-"""Bytes of a Unix socket's path without its closing NUL (unix(7))."""
-_LONGEST_SOCKET = "gateway"
 _SLOT = re.compile(r"[a-z0-9]{1,16}")
 _OWNER = "owner."
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -94,36 +90,14 @@ class Slots:
     def check(self) -> None:
         """Makes the directories and proves that all works: a rename from homes to slots and back, chown,
         socket paths of at most 107 bytes. Raises ``CortexError`` (``BAD_CONFIG`` or ``DISK_FULL``)."""
-        longest = self._slots / ("0" * 8) / "sock" / _LONGEST_SOCKET
-        if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
-            raise CortexError(
-                Code.BAD_CONFIG,
-                f"state_dir is too long: {longest} is no possible socket path",
-                hint=f"choose a broker.state_dir of at most {_longest_state_dir()} bytes",
-            )
-        with _mapped("prepare the state directory"):
-            for path in (self._state_dir, self._slots, self._homes, self._trash, self._quarantine):
+        sockets_fit(self._slots / ("0" * 8) / "sock", self._state_dir)
+        places = (self._homes, self._slots, self._trash, self._quarantine)
+        with mapped("prepare the state directory"):
+            for path in (self._state_dir, *places):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.packages_dir.mkdir(mode=0o755, exist_ok=True)
             os.chmod(self.packages_dir, 0o755)
-        self._prove()
-
-    def _prove(self) -> None:
-        name = f".probe-{secrets.token_hex(4)}"
-        places = [self._homes, self._slots, self.packages_dir, self._trash, self._quarantine, self._homes]
-        at = self._homes / name
-        with _mapped("write to the state directory"):
-            at.mkdir(mode=0o700)
-        try:
-            self._give(at, 0o700)
-            for place in places[1:]:
-                os.rename(at, place / name)
-                at = place / name
-        except OSError as error:
-            raise _proof_failed(error, at, self.uid) from error
-        finally:
-            with suppress(OSError):
-                at.rmdir()
+        prove((*places, self.packages_dir), self.uid, lambda path: self._give(path, 0o700))
 
     def _give(self, path: Path, mode: int) -> None:
         """Makes the sandbox the owner."""
@@ -148,7 +122,7 @@ class Slots:
     def create(self, slot: str) -> Slot:
         """Makes the slot with a blank home, nobody's yet. Raises ``CortexError``."""
         made = self._at(slot)
-        with _mapped("make a slot"):
+        with mapped("make a slot"):
             made.root.mkdir(mode=0o700)
             try:
                 (made.root / _OWNER).touch(mode=0o600)
@@ -179,7 +153,7 @@ class Slots:
 
     def ids(self) -> list[str]:
         """Ids of all slots on disk."""
-        with _mapped("list slots"):
+        with mapped("list slots"):
             return sorted(name for name in os.listdir(self._slots) if _SLOT.fullmatch(name))
 
     def owners(self) -> dict[str, str]:
@@ -204,7 +178,7 @@ class Slots:
         """
         place, rest = self._at(slot), self._home_at_rest(key)
         self._must_be_free(slot, key)
-        with _mapped("move a home into its slot"):
+        with mapped("move a home into its slot"):
             if not _is_dir(rest):
                 self._must_have_blank(place)
                 self._set_owner(slot, key)
@@ -263,7 +237,7 @@ class Slots:
             return True
         if owner != key:
             raise CortexError(Code.SESSION_CONFLICT, f"slot {slot} holds another's home", hint="release the right home")
-        with _mapped("take a home out of its slot"):
+        with mapped("take a home out of its slot"):
             if _exists(place.home_dir):
                 reason = self._why_not_rest(slot, key)
                 if reason:
@@ -293,7 +267,7 @@ class Slots:
 
     def _set_aside(self, home: Path, name: str, reason: str, slot: str | None) -> Path | None:
         target = self._quarantine / f"{name}.{secrets.token_hex(4)}"
-        with _mapped("quarantine a home"):
+        with mapped("quarantine a home"):
             moved = _exists(home)
             if moved:
                 _move(home, target)
@@ -315,7 +289,7 @@ class Slots:
             raise CortexError(
                 Code.SESSION_CONFLICT, f"slot {slot} holds a user's home", hint="release the home before its slot"
             )
-        with _mapped("remove a slot"):
+        with mapped("remove a slot"):
             name = discard(place.root, self._trash)
         self.owners().pop(slot, None)
         await self._erase(name)
@@ -332,7 +306,7 @@ class Slots:
     def journal_dir(self, key: str) -> Path:
         """The journal directory of a home, made 0700 when it is missing."""
         path = self._home_at_rest(key).parent / "journal"
-        with _mapped("make a journal directory"):
+        with mapped("make a journal directory"):
             path.parent.mkdir(mode=0o700, exist_ok=True)
             path.mkdir(mode=0o700, exist_ok=True)
         return path
@@ -346,13 +320,13 @@ class Slots:
         path = self._home_at_rest(key).parent
         if key in self.owners().values():
             raise CortexError(Code.SESSION_CONFLICT, "the home is in a slot", hint="stop its session first")
-        with _mapped("erase a home"):
+        with mapped("erase a home"):
             name = discard(path, self._trash)
         await self._erase(name)
 
     async def empty_trash(self) -> None:
         """Erases what an earlier run left half erased."""
-        with _mapped("empty the trash"):
+        with mapped("empty the trash"):
             names = os.listdir(self._trash)
         for name in names:
             await self._erase(name)
@@ -378,43 +352,3 @@ def _move(source: Path, target: Path) -> None:
 
 def _exists(path: Path) -> bool:
     return os.path.lexists(path)
-
-
-def _longest_state_dir() -> int:
-    return MAX_SOCKET_PATH - len(f"/slots/{'0' * 8}/sock/{_LONGEST_SOCKET}")
-
-
-def _proof_failed(error: OSError, at: Path, uid: int) -> CortexError:
-    if error.errno == errno.EXDEV:
-        return CortexError(
-            Code.BAD_CONFIG,
-            f"a directory cannot be renamed from {at.parent} to its neighbours: they are different mounts",
-            hint="put the whole of broker.state_dir on one mount (two bind mounts of one file system are two)",
-            cause=error,
-        )
-    if error.errno in (errno.EPERM, errno.EACCES):
-        return CortexError(
-            Code.BAD_CONFIG,
-            f"the broker may not give a directory to the sandbox's uid {uid}",
-            hint="run as root, or with CAP_CHOWN, CAP_DAC_OVERRIDE and CAP_FOWNER, or set sandbox.uid to your own uid",
-            cause=error,
-        )
-    return _error("prove the state directory", error)
-
-
-def _error(doing: str, error: OSError) -> CortexError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CortexError(
-            Code.DISK_FULL, f"no space left to {doing}", hint="free space under broker.state_dir", cause=error
-        )
-    return CortexError(
-        Code.STORE_ERROR, f"could not {doing}", hint="look at owner and mode of broker.state_dir", cause=error
-    )
-
-
-@contextmanager
-def _mapped(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _error(doing, error) from error
