@@ -47,6 +47,9 @@ async def run(prompt: str | None, driver: Driver, agent: str, config: Path | Non
             session = await control.call("POST", "sessions", body=body)
             try:
                 told = await _converse(control, session, prompt, as_json)
+            except CortexError:
+                await _tell_reason(control)
+                raise
             finally:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await control.call("DELETE", "sessions", USER, "main")
@@ -146,6 +149,13 @@ async def _chat(chat: Chat, lines: LineReader) -> None:
             await chat.turn(text)
         except CortexError as error:
             output.report(error)
+
+
+async def _tell_reason(control: ControlClient) -> None:
+    """What the session says of itself; a close frame has room for a hint only."""
+    reason = (await control.call("GET", "sessions", USER, "main")).get("reason")
+    if reason:
+        output.say(f"session: {reason}")
 
 
 async def _timeline(control: ControlClient) -> dict[str, Any]:
