@@ -83,6 +83,8 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._moved = self._loop.time()
+        if self._held and self._transport is not None:
+            self._transport.pause_reading()
         if self._tunnel is not None:
             self._tunnel.from_sandbox(data)
             return

@@ -130,15 +130,17 @@ class Tunnel(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH)
-        self.hold(True)
 
     def data_received(self, data: bytes) -> None:
         self._mouth.touch()
+        if self._held and self._transport is not None:
+            # uvloop starts reading after connection_made, whatever was asked for by then.
+            self._transport.pause_reading()
         if self._standing:
             self._mouth.send([data])
         else:
-            # uvloop may deliver one read although reading was paused in connection_made.
             self._greeting.append(data)
+            self.hold(True)
 
     def eof_received(self) -> bool:
         self._far_eof = True

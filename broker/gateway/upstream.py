@@ -116,6 +116,9 @@ class Upstream(asyncio.Protocol):
         if self._sink is None:
             self.abort()
             return
+        if self._held and self._transport is not None:
+            # uvloop starts reading after connection_made, whatever was asked for by then.
+            self._transport.pause_reading()
         try:
             if self._body is None:
                 data = self._take_head(data)
