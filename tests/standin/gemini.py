@@ -27,7 +27,8 @@ async def call(request: web.Request) -> web.StreamResponse:
         return await sse.stream(request, events(model, reply))
     if body.get("generationConfig", {}).get("responseMimeType") == "application/json":
         # The CLI's own routing and next-speaker questions want JSON; any object will do.
-        reply = Answer([json.dumps({"reasoning": "stand-in", "model_choice": "flash", "next_speaker": "user"})])
+        wanted = {"complexity_reasoning": "-", "complexity_score": 50, "reasoning": "-", "next_speaker": "user"}
+        reply = Answer([json.dumps(wanted)])
     return web.json_response(shell(model, parts(reply), "STOP"))
 
 
@@ -39,7 +40,8 @@ def read(body: dict[str, Any]) -> Asked:
     results = [part["functionResponse"] for part in last["parts"] if "functionResponse" in part]
     if results:
         return Asked(result=flat(results[-1].get("response", {})), tools=tools)
-    return Asked("\n".join(part.get("text", "") for part in last["parts"]), tools=tools)
+    # The CLI puts what it knows of the workspace before the first prompt.
+    return Asked(last["parts"][-1].get("text", "").rpartition("</session_context>")[2].strip(), tools=tools)
 
 
 def flat(response: Any) -> str:

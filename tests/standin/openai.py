@@ -14,6 +14,14 @@ from tests.standin import sse
 from tests.standin.script import Answer, Asked, Tool, answer
 
 MODELS = ("gpt-5.5", "gpt-5.4-mini")
+CODE_MODE = """\
+const wanted = %s;
+const name = ALL_TOOLS.map(tool => tool.name).find(name => name === wanted || name.endsWith(wanted));
+if (!name) { text(`no tool ${wanted} among ${ALL_TOOLS.map(tool => tool.name)}`); exit(); }
+const result = await tools[name](%s);
+text(typeof result === "string" ? result : result.output ?? JSON.stringify(result.content ?? result));
+"""
+"""Codex's newer models are given one tool, ``exec``, which runs JavaScript that calls the others."""
 _numbers = itertools.count(1)
 
 
@@ -45,12 +53,16 @@ def read_responses(body: dict[str, Any]) -> Asked:
     items = body["input"]
     if isinstance(items, str):
         return Asked(items)
-    tools = list(response_tools(body.get("tools", [])))
+    tools = response_tools(body.get("tools", []))
+    for item in items:
+        if item.get("type") == "additional_tools":
+            tools += response_tools(item["tools"])
     last = items[-1]
     if str(last.get("type", "")).endswith("_output"):
         return Asked(result=flat(last.get("output", "")), tools=tools)
     said = [item for item in items if item.get("role") == "user"]
-    return Asked(flat(said[-1]["content"]) if said else "", tools=tools)
+    runner = next((tool for tool in tools if tool.kind == "custom" and tool.name == "exec"), None)
+    return Asked(flat(said[-1]["content"]) if said else "", tools=tools, runner=runner)
 
 
 def response_tools(tools: list[dict[str, Any]], namespace: str = "") -> list[Tool]:
@@ -76,10 +88,11 @@ def call_item(reply: Answer) -> dict[str, Any]:
     assert reply.tool is not None
     number = next(_numbers)
     item = {"id": f"fc_{number}", "call_id": f"call_{number}", "name": reply.tool.name, "status": "completed"}
-    if reply.tool.kind == "custom":
-        return item | {"type": "custom_tool_call", "input": str(reply.arguments.get("input", ""))}
     if reply.tool.namespace:
         item["namespace"] = reply.tool.namespace
+    if reply.tool.kind == "custom":
+        script = CODE_MODE % (json.dumps(reply.wanted), json.dumps(reply.arguments))
+        return item | {"type": "custom_tool_call", "input": script}
     return item | {"type": "function_call", "arguments": json.dumps(reply.arguments)}
 
 

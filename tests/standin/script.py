@@ -35,20 +35,23 @@ class Tool:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, whatever its API: the last user text, or the result of the tool called last."""
+    """A request, whatever its API: the last user text, or the result of the tool called last.
+    ``runner``: a tool that runs others, which the request does not list."""
 
     text: str = ""
     result: str | None = None
     tools: Sequence[Tool] = ()
+    runner: Tool | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """``chunks`` of text ``delay_s`` apart, or one call."""
+    """``chunks`` of text ``delay_s`` apart, or one call; ``wanted``: the tool's name as the prompt has it."""
 
     chunks: list[str] = field(default_factory=list)
     delay_s: float = 0.0
     tool: Tool | None = None
+    wanted: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -66,10 +69,10 @@ def answer(asked: Asked) -> Answer:
     if asked.result is not None:
         return Answer(words(f"tool said: {asked.result}"))
     if found := _TOOL.search(asked.text):
-        tool = find_tool(asked.tools, found["name"])
+        tool = find_tool(asked.tools, found["name"]) or asked.runner
         if tool is None:
             return Answer(words(f"no tool {found['name']} among {len(asked.tools)}"))
-        return Answer(tool=tool, arguments=json.loads(found["arguments"] or "{}"))
+        return Answer(tool=tool, wanted=found["name"], arguments=json.loads(found["arguments"] or "{}"))
     if found := _CHUNKS.search(asked.text):
         return Answer([f"w{number} " for number in range(int(found["count"]))], int(found["delay"] or 0) / 1000)
     return Answer(words(f"heard: {asked.text[-_HEARD:]}"))
