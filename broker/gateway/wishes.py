@@ -6,12 +6,13 @@ import asyncio
 import os
 from collections.abc import Iterator
 
-from broker.errors import CortexError
+from broker.errors import Code, CortexError
 from broker.gateway.messages import SlotEntry
 
 
 class Wish:
-    """``entry`` None: the slot is to be cut off. ``done`` resolves when the gateway has heard it, or refused."""
+    """``entry`` None: the slot is to be cut off. ``done`` resolves when the gateway has heard it, or refused;
+    ``before``: what stands again if it is refused."""
 
     __slots__ = ("before", "done", "entry", "fds", "slot")
 
@@ -23,12 +24,17 @@ class Wish:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(_heard)
 
+    def resolve(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
 
 class Wishes:
-    """One standing wish a slot, with duplicates of its listeners."""
+    """One standing wish a slot, with duplicates of its listeners: open while a wish that may yet be told has them."""
 
     def __init__(self) -> None:
         self._standing: dict[str, Wish] = {}
+        self._owned: dict[str, set[tuple[int, int]]] = {}
 
     def __iter__(self) -> Iterator[Wish]:
         return iter(list(self._standing.values()))
@@ -43,41 +49,49 @@ class Wishes:
     def put(self, entry: SlotEntry, fds: tuple[int, int] | None) -> Wish:
         """Wants ``entry``; without ``fds`` those of the wish before go on."""
         before = self._standing.get(entry.slot)
-        own = (os.dup(fds[0]), os.dup(fds[1])) if fds is not None else (before.fds if before else None)
-        return self._stand(Wish(entry.slot, entry, own, before))
-
-    def drop(self, slot: str) -> Wish:
-        """Wants the slot cut off."""
-        before = self._standing.get(slot)
-        wish = self._stand(Wish(slot, None, None, None))
-        if before is not None:
-            self._forget(before)
-            self._resolve(before)
+        own = before.fds if before is not None else None
+        if fds is not None:
+            own = _duplicate(fds)
+            self._owned.setdefault(entry.slot, set()).add(own)
+        wish = self._standing[entry.slot] = Wish(entry.slot, entry, own, before)
         return wish
 
+    def drop(self, slot: str) -> Wish:
+        """Wants the slot cut off; nothing that was wanted before comes back."""
+        for wish in self._chain(slot):
+            wish.resolve()
+        dropped = self._standing[slot] = Wish(slot, None, None, None)
+        self._release(slot)
+        return dropped
+
     def heard(self, wish: Wish) -> None:
-        """The gateway does as wished."""
-        if self.stands(wish) and wish.entry is None:
+        """The gateway does as wished, so what was before has passed."""
+        chain = self._chain(wish.slot)
+        wish.resolve()
+        if wish not in chain:
+            return
+        for older in chain[chain.index(wish) + 1 :]:
+            older.resolve()
+        wish.before = None
+        if wish.entry is None and chain[0] is wish:
             del self._standing[wish.slot]
-        before, wish.before = wish.before, None
-        while before is not None:
-            self._resolve(before)
-            if before.fds != wish.fds:
-                _close(before.fds)
-            before = before.before
-        self._resolve(wish)
+        self._release(wish.slot)
 
     def refused(self, wish: Wish, error: CortexError) -> None:
         """The gateway does as before, so that is what stands again."""
-        if self.stands(wish):
-            if wish.before is not None:
-                self._standing[wish.slot] = wish.before
-            else:
-                del self._standing[wish.slot]
-            if wish.before is None or wish.before.fds != wish.fds:
-                _close(wish.fds)
         if not wish.done.done():
             wish.done.set_exception(error)
+        chain = self._chain(wish.slot)
+        if wish not in chain:
+            return
+        at = chain.index(wish)
+        if at:
+            chain[at - 1].before = wish.before
+        elif wish.before is not None:
+            self._standing[wish.slot] = wish.before
+        else:
+            del self._standing[wish.slot]
+        self._release(wish.slot)
 
     def settle_drops(self) -> None:
         """No gateway process lives, so nothing is served."""
@@ -86,33 +100,47 @@ class Wishes:
                 self.heard(wish)
 
     def close(self) -> None:
-        for wish in self:
-            self._forget(wish)
+        slots = list(self._standing)
         self._standing.clear()
+        for slot in slots:
+            self._release(slot)
 
-    def _stand(self, wish: Wish) -> Wish:
-        self._standing[wish.slot] = wish
-        return wish
+    def _chain(self, slot: str) -> list[Wish]:
+        """The standing wish and what it replaced and may fall back to, newest first."""
+        chain = []
+        wish = self._standing.get(slot)
+        while wish is not None:
+            chain.append(wish)
+            wish = wish.before
+        return chain
 
-    def _forget(self, wish: Wish) -> None:
-        """Closes the listeners of a wish and of those it replaced."""
-        open_fds: set[int] = set()
-        each: Wish | None = wish
-        while each is not None:
-            open_fds |= set(each.fds or ())
-            each = each.before
-        for fd in open_fds:
+    def _release(self, slot: str) -> None:
+        """Closes listeners that no wish has any more."""
+        owned = self._owned.get(slot)
+        if owned is None:
+            return
+        used = {wish.fds for wish in self._chain(slot)}
+        for pair in [pair for pair in owned if pair not in used]:
+            owned.remove(pair)
+            os.close(pair[0])
+            os.close(pair[1])
+        if not owned:
+            del self._owned[slot]
+
+
+def _duplicate(fds: tuple[int, int]) -> tuple[int, int]:
+    """Raises ``CortexError`` where the process has no descriptor left."""
+    own: list[int] = []
+    try:
+        for fd in fds:
+            own.append(os.dup(fd))
+    except OSError as error:
+        for fd in own:
             os.close(fd)
-
-    @staticmethod
-    def _resolve(wish: Wish) -> None:
-        if not wish.done.done():
-            wish.done.set_result(None)
-
-
-def _close(fds: tuple[int, int] | None) -> None:
-    for fd in fds or ():
-        os.close(fd)
+        raise CortexError(
+            Code.INTERNAL, "The slot's listeners cannot be held", cause=error.strerror, hint="raise LimitNOFILE"
+        ) from error
+    return own[0], own[1]
 
 
 def _heard(done: asyncio.Future[None]) -> None:
