@@ -109,8 +109,11 @@ class AgentSide:
 
     # -- messages --------------------------------------------------------------------------------
 
-    def call(self, method: str, params: Any, on_reply: OnReply, *, deadline: bool = True) -> int:
-        """Sends a request; ``on_reply`` is called once, never from within. Returns its id at the agent, 0: refused."""
+    def call(self, method: str, params: Any, on_reply: OnReply, *, deadline: bool = True, within_s: float = 0.0) -> int:
+        """Sends a request; ``on_reply`` is called once, never from within. Returns its id at the agent, 0: refused.
+
+        With a deadline it is answered with an error after ``within_s``, 0 being the agent's own.
+        """
         loop = asyncio.get_running_loop()
         if self._channel is None:
             loop.call_soon(on_reply, failed("the agent does not run"))
@@ -122,7 +125,8 @@ class AgentSide:
             loop.call_soon(on_reply, {"error": error})
             return 0
         self._next += 1
-        timer = loop.call_later(self.timeout_s, self._overdue, self._next) if deadline else None
+        within_s = within_s or self.timeout_s
+        timer = loop.call_later(within_s, self._overdue, self._next, within_s) if deadline else None
         self._calls[self._next] = Call(method, on_reply, timer)
         message: Message = {"jsonrpc": "2.0", "id": self._next, "method": method}
         if params is not None:
@@ -160,10 +164,10 @@ class AgentSide:
             call.on_reply({"result": message.get("result")})
         return True
 
-    def _overdue(self, request_id: int) -> None:
+    def _overdue(self, request_id: int, within_s: float) -> None:
         call = self._calls.pop(request_id, None)
         if call is not None:
-            call.on_reply(failed(f"the agent did not answer {call.method} within {self.timeout_s:g} s"))
+            call.on_reply(failed(f"the agent did not answer {call.method} within {within_s:g} s"))
 
     def close(self) -> None:
         """Forgets what is open."""

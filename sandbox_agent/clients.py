@@ -13,7 +13,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from websockets.frames import Frame, Opcode
 from websockets.protocol import OPEN
@@ -109,8 +109,7 @@ class Client(asyncio.Protocol):
     # -- transport -------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses
         self.since = asyncio.get_running_loop().time()
         transport.set_write_buffer_limits(self._buffer_bytes, self._buffer_bytes // 4)
         self._events.client_connected(self)

@@ -130,6 +130,7 @@ class Outbox:
         self.flush()
         if self.full or self._journal.failed:  # what is held has lower numbers; nothing may overtake it by number
             client.send(frame(build(self._emitted)))
+            client.push()
             return
         self.repeat(client, frame(build(self._journal.take_seq())))
 
@@ -156,6 +157,7 @@ class Outbox:
         """A frame that was emitted before, as it was."""
         if client.direct and client.writable:
             client.send(data)
+            client.push()
         else:
             self.insert(client, Insert(self._journal.tail, data=data))
 

@@ -13,6 +13,12 @@ from sandbox_agent.settings import AgentSettings
 from sandbox_agent.tasks import log
 
 
+FENCE = "_cortex/fence"
+"""Asked after ``session/load``; any answer will do. Some agents (Gemini CLI 0.61) send the replay only
+after they have answered the load; what comes before this is answered is still replay."""
+FENCE_S = 2.0
+
+
 class Restorer:
     """``session/resume`` where the agent can, else ``session/load`` (its replay goes to nobody), else a new
     agent session under the old id. ``on_lost`` hears of the last case: the agent remembers nothing then."""
@@ -70,7 +76,13 @@ class Restorer:
         elif "error" in reply and self._agent.ready:
             log.warning("the agent could not restore a conversation: %s", str(reply["error"])[:300])
             self._anew(conversation)
+        elif conversation.quiet and "error" not in reply:
+            self._agent.call(FENCE, {}, lambda _: self._fenced(conversation, reply), within_s=FENCE_S)
         else:
+            self._done(conversation, reply)
+
+    def _fenced(self, conversation: Conversation, reply: Message) -> None:
+        if conversation.restoring:
             self._done(conversation, reply)
 
     def _anew(self, conversation: Conversation) -> None:
