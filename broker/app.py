@@ -51,6 +51,7 @@ from broker.store.users import UserStore
 
 log = structlog.get_logger(__name__)
 
+GATEWAY_WAIT_S = 5.0
 LAG_LIMIT_S = 5.0
 """Loop lag at which the watchdog is no longer fed."""
 CHECKS = (default_problems,)
@@ -90,6 +91,7 @@ class Broker:
         await self._open_state()
         await self._open_sandboxes()
         await self._take_over()
+        await self._meet_gateway()
         await self._open_doors()
         self._watch()
         log.info("started", front=self.front_url, control=self.control_url, driver=self.config().sandbox.driver)
@@ -112,7 +114,9 @@ class Broker:
         await self.driver.open()
         self.gateway = GatewayLink(Path(config.gateway.link), self._tasks, settings=lambda: self.config().gateway)
         await self.gateway.start()
-        self.gateway_child = GatewayChild(self.gateway, self._tasks)
+        self.gateway_child = GatewayChild(
+            self.gateway, self._tasks, log_level=config.broker.log_level, log_format=config.broker.log_format
+        )
         if config.gateway.mode == "child":
             await self.gateway_child.start()
         self.shelf = PackageShelf(
@@ -158,6 +162,13 @@ class Broker:
             quarantined=outcome.quarantined,
             failed=outcome.failed,
         )
+
+    async def _meet_gateway(self) -> None:
+        """A start waits for the gateway, so that the first session need not; without one it serves all the same."""
+        try:
+            await self.gateway.wait_connected(GATEWAY_WAIT_S)
+        except CortexError as error:
+            log.error("gateway_missing", error=str(error), hint=error.hint)
 
     async def _open_doors(self) -> None:
         config = self.config()

@@ -456,6 +456,7 @@ class Session:
             "reason": self._reason,
             "clients": len(self._clients),
             "generation": self._generation,
+            "permission_policy": self._assembled.config.settings.permission_policy if self._assembled else "ask",
             "warnings": list(self._warnings),
             "origins": dict(self._assembled.origins) if self._assembled else {},
             "sandbox": self._box.facts() if self._box else None,
