@@ -138,6 +138,25 @@ def medians(seen: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict
     return {name: {figure: median(values) for figure, values in figures.items()} for name, figures in seen.items()}
 
 
+def histogram(text: str, name: str) -> dict[float, float]:
+    """A Prometheus histogram without labels, out of the exposition text: observations up to each bound."""
+    start = f'{name}_bucket{{le="'
+    lines = [line.removeprefix(start).partition('"} ') for line in text.splitlines() if line.startswith(start)]
+    return {float(bound): float(count) for bound, _, count in lines}
+
+
+def difference(after: Mapping[float, float], before: Mapping[float, float]) -> dict[float, float]:
+    """What a histogram observed in between."""
+    return {bound: count - before.get(bound, 0.0) for bound, count in after.items()}
+
+
+def quantile(observed: Mapping[float, float], share: float) -> float:
+    """The bound of the bucket that the quantile falls into; 0 when nothing was observed."""
+    buckets = sorted(observed.items())
+    total = buckets[-1][1] if buckets else 0.0
+    return next((bound for bound, count in buckets if total and count >= share * total), 0.0)
+
+
 def free_port() -> int:
     """A loopback port that nobody has right now."""
     with socket.socket() as sock:

@@ -19,6 +19,7 @@ from pathlib import Path
 import uvloop
 
 from bench import lib
+from bench.path import whole_path
 from bench.peers import configs, load
 
 ROUNDS, LONG_ROUNDS = 7, 21
@@ -147,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     report = lib.Report("relay")
     relay_report(report, arguments.rounds or (LONG_ROUNDS if arguments.long else ROUNDS))
+    uvloop.run(whole_path(report, long=arguments.long))
     return report.finish(arguments.json)
 
 
