@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from broker.errors import CortexError
 from broker.front.door import FrontDoor
 from broker.gateway.child import GatewayChild
 from broker.gateway.link import GatewayLink
+from broker.host.files import raise_file_limit
 from broker.host.lag import LagMeter
 from broker.host.listen import listen, url
 from broker.host.signals import Signals
@@ -30,7 +30,7 @@ from broker.host.systemd import Notifier, feed_watchdog, listen_fds
 from broker.host.tasks import TaskOwner
 from broker.host.watch import watch
 from broker.metrics import CONFIG_RELOADS
-from broker.sandbox.drivers import make_driver
+from broker.sandbox.drivers import make_driver, sandbox_uid
 from broker.sandbox.packages import PackageShelf
 from broker.sandbox.reconcile import reconcile
 from broker.sandbox.slots import Slots
@@ -56,8 +56,6 @@ LAG_LIMIT_S = 5.0
 """Loop lag at which the watchdog is no longer fed."""
 CHECKS = (default_problems,)
 """Checks of the settings by layers above them."""
-SERVICE_UID = 64321
-"""Uid of sandboxes unless configured, where the broker may give files away."""
 
 
 class Broker:
@@ -309,16 +307,3 @@ def _place(path: Path | None) -> Path:
     """A directory that the settings have resolved."""
     assert path is not None, "settings.load resolves every directory"
     return path
-
-
-def sandbox_uid(config: Config) -> int:
-    """The uid of sandboxes: configured, else the service's where files can be given away, else one's own."""
-    if config.sandbox.uid:
-        return config.sandbox.uid
-    return SERVICE_UID if os.geteuid() == 0 else os.geteuid()
-
-
-def raise_file_limit() -> None:
-    """As many descriptors as the host allows: each client takes two."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,7 +1,8 @@
-"""Which driver the settings ask for."""
+"""Which driver and which uid the settings ask for."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from broker.config import Config
@@ -10,6 +11,16 @@ from broker.sandbox.docker import DockerDriver
 from broker.sandbox.driver import SandboxDriver
 from broker.sandbox.process import ProcessDriver
 from broker.sandbox.slots import Slots
+
+SERVICE_UID = 64321
+"""Uid of sandboxes unless configured, where the broker may give files away."""
+
+
+def sandbox_uid(config: Config) -> int:
+    """The uid of sandboxes: configured, else the service's where files can be given away, else one's own."""
+    if config.sandbox.uid:
+        return config.sandbox.uid
+    return SERVICE_UID if os.geteuid() == 0 else os.geteuid()
 
 
 def make_driver(config: Config, installation: str, tasks: TaskOwner, slots: Slots) -> SandboxDriver:
