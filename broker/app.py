@@ -40,7 +40,7 @@ from broker.session.providers import BuilderNetwork, FileCredentials
 from broker.session.registry import Registry
 from broker.session.sandbox import Runtime
 from broker.session.sections import default_problems
-from broker.session.sources import FilesSource, HttpSource, StoreSource
+from broker.session.sources import FilesSource, HttpSource, StoreSource, touched
 from broker.settings import Loaded, changed, load
 from broker.store.db import Database
 from broker.store.identity import load as load_identity
@@ -220,8 +220,7 @@ class Broker:
 
     async def _users_changed(self, paths: set[Path]) -> None:
         root = _place(self.config().broker.users_dir)
-        touched = {path.relative_to(root).parts for path in paths if path.suffix == ".toml"}
-        for user, section in sorted((parts[0], Path(parts[1]).stem) for parts in touched if len(parts) == 2):
+        for user, section in touched(root, paths):
             for applied in await self.registry.config_changed(user, section):
                 log.info("user_config_applied", user=user, section=section, state=applied.state)
 

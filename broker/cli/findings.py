@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from broker.app import sandbox_uid
+from broker.sandbox.drivers import sandbox_uid
 from broker.cli.options import settings
 from broker.config import Config
 from broker.control.keyfiles import admin_token, hook_keys

@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,6 +93,12 @@ class FilesSource:
             cause=cause,
             hint="mend the file; until then the last good version of it is used",
         )
+
+
+def touched(directory: Path, paths: Iterable[Path]) -> list[tuple[str, str]]:
+    """Which (user, section) the changed ``paths`` below ``directory`` belong to."""
+    parts = {path.relative_to(directory).parts for path in paths if path.suffix == ".toml"}
+    return sorted((user, Path(name).stem) for user, name in (found for found in parts if len(found) == 2))
 
 
 class HttpSource:
