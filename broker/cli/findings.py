@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from broker.sandbox.drivers import sandbox_uid
 from broker.cli.options import settings
 from broker.config import Config
 from broker.control.keyfiles import admin_token, hook_keys
@@ -21,6 +20,7 @@ from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
 from broker.sandbox.docker import DockerDriver
 from broker.sandbox.driver import SandboxDriver
+from broker.sandbox.drivers import sandbox_uid
 from broker.sandbox.process import ProcessDriver
 from broker.sandbox.slots import Slots
 from broker.settings import Loaded

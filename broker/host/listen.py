@@ -53,7 +53,9 @@ def _tcp(host: str, port: int, key: str, address: str) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        hint = "stop what listens there, or choose another port" if error.errno == errno.EADDRINUSE else "choose another"
+        hint = (
+            "stop what listens there, or choose another port" if error.errno == errno.EADDRINUSE else "choose another"
+        )
         raise _failed(key, address, str(error), hint) from error
     return sock
 
