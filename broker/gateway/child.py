@@ -45,6 +45,7 @@ class GatewayChild:
         self._logs = (log_level, log_format)
         self._lock = link.path.with_name(link.path.name + ".lock")
         self._stopping = asyncio.Event()
+        self._pid = -1
         self._pidfd = -1
         self._task: asyncio.Task[None] | None = None
 
@@ -67,7 +68,8 @@ class GatewayChild:
 
     def _hung(self, pid: int) -> None:
         log.error("gateway_hung", pid=pid)
-        self._signal(signal.SIGKILL)
+        if pid == self._pid:
+            self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
         if self._pidfd >= 0:
@@ -89,7 +91,7 @@ class GatewayChild:
             except OSError as error:
                 log.error("gateway_not_started", error=str(error))
             else:
-                await self._until_dead(os.pidfd_open(process.pid))
+                await self._until_dead(process.pid, os.pidfd_open(process.pid))
                 self._tell_end(process.pid, process.wait())
                 if process.returncode == os.EX_TEMPFAIL:
                     await self._take_over()
@@ -111,11 +113,11 @@ class GatewayChild:
         command += ["--lock", str(self._lock), "--alone", f"{ALONE_S:g}", "--log-level", level, "--log-format", style]
         return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
-    async def _until_dead(self, pidfd: int) -> None:
+    async def _until_dead(self, pid: int, pidfd: int) -> None:
         """Waits for the end of a process, ours or not, and closes ``pidfd``; ``stop`` meanwhile signals it."""
         loop = asyncio.get_running_loop()
         dead = asyncio.Event()
-        self._pidfd = pidfd
+        self._pid, self._pidfd = pid, pidfd
         loop.add_reader(pidfd, dead.set)
         try:
             if self._stopping.is_set():
@@ -123,7 +125,7 @@ class GatewayChild:
             await dead.wait()
         finally:
             loop.remove_reader(pidfd)
-            self._pidfd = -1
+            self._pid = self._pidfd = -1
             os.close(pidfd)
 
     async def _pause(self, seconds: float) -> None:
@@ -140,7 +142,7 @@ class GatewayChild:
         pid, pidfd = found
         log.info("gateway_found", pid=pid)
         impatience = self._tasks.start(self._expect_dial(pid), "gateway_take_over")
-        await self._until_dead(pidfd)
+        await self._until_dead(pid, pidfd)
         impatience.cancel()
         self._tell_end(pid, None)
 

@@ -7,12 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
+
 from broker.gateway.dialer import Dialer
 from broker.gateway.messages import Settings
 from broker.gateway.resolve import Resolver
 from broker.gateway.stats import Stats
 from broker.gateway.upstream import Pool
 from broker.host.tasks import TaskOwner
+
+MAX_NOTES = 100
+NOTES_S = 10.0
+log = structlog.get_logger(__name__)
 
 
 @dataclass
@@ -28,9 +34,22 @@ class Context:
 
     def __post_init__(self) -> None:
         self.emptied = asyncio.Event()
+        self._noted_until = 0.0
+        self._noted = 0
         self.resolver = Resolver(self.tasks, lambda: self.settings.dns_timeout_s)
         self.dialer = Dialer(self.resolver, lambda: self.settings.connect_timeout_s)
         self.pool = Pool(self.dialer, self.stats, lambda: self.settings.max_head_bytes)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Logs what a request caused, so many lines in so many seconds at most: sandboxes must not fill a disk."""
+        now = asyncio.get_running_loop().time()
+        if now > self._noted_until:
+            if self._noted > MAX_NOTES:
+                log.warning("notes_suppressed", count=self._noted - MAX_NOTES)
+            self._noted_until, self._noted = now + NOTES_S, 0
+        self._noted += 1
+        if self._noted <= MAX_NOTES:
+            log.info(event, **facts)
 
     def close(self) -> None:
         self.pool.close()

@@ -7,8 +7,6 @@ import ssl
 from collections.abc import Callable
 from typing import TypeVar
 
-import structlog
-
 from broker.errors import Code, CortexError
 from broker.gateway.addresses import permitted
 from broker.gateway.answers import address_refused
@@ -18,7 +16,6 @@ from broker.gateway.routes import Origin
 P = TypeVar("P", bound=asyncio.Protocol)
 MAX_ADDRESSES = 8
 MAX_CONTEXTS = 64
-log = structlog.get_logger(__name__)
 
 
 class Dialer:
@@ -46,8 +43,7 @@ class Dialer:
                 return await asyncio.wait_for(_connect(origin, address, context, factory), share)
             except (OSError, TimeoutError) as error:
                 last = error
-        log.warning("upstream_unreachable", origin=origin.authority, error=str(last) or type(last).__name__)
-        raise _unreachable(origin, last)
+        raise _unreachable(origin, last) from last
 
     async def _context(self, ca: str) -> ssl.SSLContext:
         """Reading a bundle takes tens of milliseconds, so in a thread, and once."""

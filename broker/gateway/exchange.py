@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
-
-import structlog
 
 from broker.errors import Code, CortexError
 from broker.gateway.answers import CONTINUE
@@ -19,7 +18,7 @@ from broker.host.tasks import TaskOwner
 MAX_EARLY = 256 * 2**10
 """Body bytes kept while the provider is being dialled; then the sandbox is held."""
 _REPEATABLE = frozenset((b"GET", b"HEAD", b"OPTIONS"))
-log = structlog.get_logger(__name__)
+Note = Callable[..., None]
 
 
 class Downstream(Protocol):
@@ -49,13 +48,13 @@ class Exchange:
     and ``finish``, or by ``abort`` when the sandbox's side is gone."""
 
     __slots__ = (
-        "_chunked", "_down", "_early", "_early_size", "_ended", "_head", "_head_bytes", "_pool", "_request_done",
-        "_responding", "_retried", "_route", "_stats", "_task", "_tasks", "_upstream",
+        "_chunked", "_down", "_early", "_early_size", "_ended", "_head", "_head_bytes", "_note", "_pool",
+        "_request_done", "_responding", "_retried", "_route", "_stats", "_task", "_tasks", "_upstream",
     )  # fmt: skip
 
     def __init__(
         self, down: Downstream, head: RequestHead, route: Route, target: bytes, pool: Pool, stats: Stats,
-        tasks: TaskOwner,
+        tasks: TaskOwner, note: Note,
     ) -> None:  # fmt: skip
         self._down = down
         self._head = head
@@ -64,6 +63,7 @@ class Exchange:
         self._pool = pool
         self._stats = stats
         self._tasks = tasks
+        self._note = note
         self._task: asyncio.Task[None] | None = None
         self._upstream: Upstream | None = None
         self._early: list[bytes] = []
@@ -132,12 +132,19 @@ class Exchange:
             upstream = await self._pool.dial(self._route.origin)
         except CortexError as error:
             self._stats.upstream_failed += 1
-            self._break(error)
+            self._note("upstream_failed", provider=self._route.name, error=str(error), cause=str(error.__cause__ or ""))
+            self._break(self._anonymous(error))
             return
         if self._ended:
             upstream.abort()
         else:
             self._attach(upstream)
+
+    def _anonymous(self, error: CortexError) -> CortexError:
+        """Where a provider lives is no business of the sandbox; a host that it named itself it knows."""
+        if not self._route.origin.pooled:
+            return error
+        return CortexError(error.code, f"{self._route.name} cannot be reached", cause=error.cause, hint=error.hint)
 
     def _attach(self, upstream: Upstream) -> None:
         self._upstream = upstream
@@ -199,7 +206,7 @@ class Exchange:
             self.start()
             return
         self._stats.upstream_cut += 1
-        log.warning("upstream_lost", provider=self._route.name, why=why, responding=self._responding)
+        self._note("upstream_lost", provider=self._route.name, why=why, responding=self._responding)
         self._break(CortexError(
             Code.UPSTREAM_FAILED,
             f"{self._route.name} broke the connection",

@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-import structlog
-
 from broker.errors import Code, CortexError
 from broker.gateway import answers
 from broker.gateway.context import Context
@@ -28,7 +26,6 @@ CLOSE_S = 10.0
 """How long a connection that is being closed may make no progress before it is aborted."""
 WRITE_HIGH = 64 * 2**10
 MAX_PIPELINED = 64 * 2**10
-log = structlog.get_logger(__name__)
 
 
 class Connection(asyncio.Protocol):
@@ -196,7 +193,7 @@ class Connection(asyncio.Protocol):
         # Behind a CONNECT may come bytes that are no HTTP.
         fatal = self._tunnel is not None
         self._exchange = self._tunnel = None
-        log.info("answered_error", slot=self.face.slot, code=error.code.slug, cause=str(error.cause or ""))
+        self._context.note("answered_error", slot=self.face.slot, code=error.code.slug, cause=str(error.cause or ""))
         self.refuse(error, fatal=fatal)
         self._resume()
 
@@ -306,7 +303,7 @@ class Connection(asyncio.Protocol):
 
 def _exchange(connection: Connection, head: RequestHead, way: Way, context: Context) -> Exchange:
     assert way.route is not None
-    return Exchange(connection, head, way.route, way.target, context.pool, context.stats, context.tasks)
+    return Exchange(connection, head, way.route, way.target, context.pool, context.stats, context.tasks, context.note)
 
 
 def _head_too_large(limit: int) -> CortexError:

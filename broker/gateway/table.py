@@ -128,7 +128,7 @@ class SlotState:
         if len(self._denied) >= MAX_DENIED_KEPT:
             self._denied.clear()
         self._denied.add((host, port))
-        log.info("egress_denied", slot=self.slot, host=host, port=port)
+        self._context.note("egress_denied", slot=self.slot, host=host, port=port)
         self._context.report({"slot": self.slot, "kind": "egress_denied", "host": host, "port": port})
 
     def _fence(self) -> None:

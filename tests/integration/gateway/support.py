@@ -68,6 +68,7 @@ class Rig:
         self.config = config
         self.reports: list[dict[str, Any]] = []
         self.slots: dict[str, SlotSockets] = {}
+        self.slot = "a"
         self._fresh()
 
     def _fresh(self) -> None:
@@ -104,15 +105,26 @@ class Rig:
         await self.child.start()
         await self.link.wait_connected(10)
 
+    @asynccontextmanager
+    async def own_slot(self) -> AsyncIterator[None]:
+        """Another name for the slot that ``put`` means, until the end."""
+        self.slot = f"slot{int(self.slot.removeprefix('slot')) + 1 if self.slot != 'a' else 1}"
+        self.reports.clear()
+        yield
+        await self.link.drop_slot(self.slot)
+        if self.slot in self.slots:
+            self.slots.pop(self.slot).close()
+
     async def put(
         self,
         providers: dict[str, Provider] | None = None,
         egress: Egress = NOWHERE,
         *,
-        slot: str = "a",
+        slot: str = "",
         incarnation: int = 1,
         identity: dict[str, str] | None = ME,
     ) -> SlotSockets:
+        slot = slot or self.slot
         sockets = self.slots.get(slot)
         if sockets is None:
             sockets = self.slots[slot] = SlotSockets(self.directory / slot)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import pytest_asyncio
 from aiohttp import web
 
 from broker.gateway.link import Provider
@@ -26,11 +27,20 @@ from tests.integration.gateway.support import (
     rig,
 )
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture
-async def gw() -> AsyncIterator[Rig]:
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[Rig]:
     async with rig() as made:
         yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def gw(shared: Rig) -> AsyncIterator[Rig]:
+    """The module's gateway, with a slot that is this test's own."""
+    async with shared.own_slot():
+        yield shared
 
 
 def anthropic(port: int, path: str = "") -> dict[str, Provider]:

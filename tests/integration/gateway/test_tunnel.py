@@ -10,6 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import pytest_asyncio
 
 from broker.gateway.link import Egress
 from tests.integration.gateway.support import (
@@ -24,11 +25,20 @@ from tests.integration.gateway.support import (
     rig,
 )
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture
-async def gw() -> AsyncIterator[Rig]:
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[Rig]:
     async with rig() as made:
         yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def gw(shared: Rig) -> AsyncIterator[Rig]:
+    """The module's gateway, with a slot that is this test's own."""
+    async with shared.own_slot():
+        yield shared
 
 
 async def mirror(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -148,7 +158,7 @@ async def test_unclaimed_and_dropped_slots_have_no_way_out(gw: Rig) -> None:
         assert problem(await ask(slot.egress_path, raw))[0] == 503
         await gw.put(egress=here(port))
         reader, writer = await connect(slot.egress_path, f"localhost:{port}")
-        await gw.link.drop_slot("a")
+        await gw.link.drop_slot(gw.slot)
         assert await asyncio.wait_for(reader.read(), 5) == b""
         writer.close()
 

@@ -1,0 +1,131 @@
+"""Dialling: only addresses that passed are connected to, in time, whatever the name server says."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+
+from broker.errors import Code, CortexError
+from broker.gateway import resolve
+from broker.gateway.dialer import Dialer
+from broker.gateway.resolve import Resolver
+from broker.gateway.routes import Origin
+from broker.host.tasks import TaskOwner
+
+
+class Names:
+    """A name server that says what it is told to."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[str]] = {}
+        self.asked: list[str] = []
+        self.hang: threading.Event | None = None
+
+    def __call__(self, host: str) -> list[str]:
+        self.asked.append(host)
+        if self.hang is not None:
+            self.hang.wait(10)
+        if host not in self.answers:
+            raise OSError("not found")
+        return self.answers[host]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+    made = Names()
+    monkeypatch.setattr(resolve, "_getaddrinfo", made)
+    return made
+
+
+@pytest.fixture
+async def resolver(names: Names) -> AsyncIterator[Resolver]:
+    tasks = TaskOwner("test")
+    made = Resolver(tasks, lambda: 0.2)
+    yield made
+    made.close()
+    await tasks.close()
+
+
+@pytest.fixture
+async def port() -> AsyncIterator[int]:
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    yield server.sockets[0].getsockname()[1]
+    server.close()
+
+
+def origin(host: str, port: int, *, private: bool) -> Origin:
+    return Origin("tcp", host, port, "", private)
+
+
+async def test_private_addresses_are_skipped_or_refused(names: Names, resolver: Resolver, port: int) -> None:
+    dialer = Dialer(resolver, lambda: 2.0)
+    names.answers = {"h": ["169.254.169.254", "127.0.0.1"]}
+    with pytest.raises(CortexError) as caught:
+        await dialer.dial(origin("h", port, private=False), asyncio.Protocol)
+    assert caught.value.code is Code.EGRESS_ADDRESS
+    await dialer.dial(origin("h", port, private=True), asyncio.Protocol)
+
+
+async def test_the_next_address_is_tried(names: Names, resolver: Resolver, port: int) -> None:
+    names.answers = {"h": ["::1", "127.0.0.1"]}
+    await Dialer(resolver, lambda: 2.0).dial(origin("h", port, private=True), asyncio.Protocol)
+
+
+async def test_a_name_that_flips_after_the_check_does_not_matter(names: Names, resolver: Resolver, port: int) -> None:
+    """What is connected to is an address that was judged, never the name again."""
+    names.answers = {"h": ["8.8.8.8"]}
+    dialer = Dialer(resolver, lambda: 0.05)
+    with pytest.raises(CortexError) as caught:
+        await dialer.dial(origin("h", port, private=False), asyncio.Protocol)
+    assert caught.value.code is Code.UPSTREAM_UNREACHABLE
+    assert names.asked == ["h"]
+
+
+async def test_a_name_server_that_hangs_is_not_waited_for(names: Names, resolver: Resolver) -> None:
+    names.hang = threading.Event()
+    try:
+        with pytest.raises(CortexError) as caught:
+            await resolver.addresses("h")
+        assert caught.value.code is Code.UPSTREAM_UNREACHABLE
+        with pytest.raises(CortexError):
+            await resolver.addresses("h")
+        assert names.asked == ["h"]
+    finally:
+        names.hang.set()
+
+
+async def test_one_look_up_for_many_and_an_answer_is_kept(names: Names, resolver: Resolver) -> None:
+    names.answers = {"h": ["1.2.3.4"]}
+    found = await asyncio.gather(*(resolver.addresses("h") for _ in range(20)))
+    assert found == [["1.2.3.4"]] * 20
+    assert await resolver.addresses("h") == ["1.2.3.4"]
+    assert names.asked == ["h"]
+
+
+async def test_a_failure_is_not_kept(names: Names, resolver: Resolver) -> None:
+    with pytest.raises(CortexError):
+        await resolver.addresses("h")
+    names.answers = {"h": ["1.2.3.4"]}
+    assert await resolver.addresses("h") == ["1.2.3.4"]
+
+
+async def test_look_ups_at_once_are_bounded(names: Names, resolver: Resolver) -> None:
+    names.hang = threading.Event()
+    try:
+        asked = [asyncio.ensure_future(resolver.addresses(f"h{n}")) for n in range(resolve.MAX_LOOKUPS)]
+        await asyncio.sleep(0)
+        with pytest.raises(CortexError, match="too many"):
+            await resolver.addresses("one-more")
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(result, CortexError) for result in results)
+    finally:
+        names.hang.set()
+
+
+async def test_a_ca_that_is_none(names: Names, resolver: Resolver, port: int) -> None:
+    names.answers = {"h": ["127.0.0.1"]}
+    with pytest.raises(CortexError, match="CA bundle"):
+        await Dialer(resolver, lambda: 2.0).dial(Origin("https", "h", port, "nonsense", True), asyncio.Protocol)
