@@ -204,9 +204,10 @@ class Engine:
         except (aiodocker.DockerError, aiohttp.ClientError, OSError, ValueError) as error:
             raise self._mapped("events", error) from error
         finally:
-            stream.cancel()
-            with suppress(asyncio.CancelledError):
-                await stream
+            if not stream.done():
+                stream.cancel()
+                with suppress(asyncio.CancelledError):
+                    await stream
 
     @staticmethod
     async def _drain(get: Callable[[], Awaitable[dict[str, Any] | None]], on_end: Callable[[str], None]) -> None:

@@ -120,7 +120,7 @@ def _host_config(spec: SandboxSpec, config: DockerConfig, files: Mapping[str, Pa
         "NanoCpus": math.ceil((spec.cpus or config.cpus) * 1e9),
         "PidsLimit": config.pids,
         "OomScoreAdj": 500,
-        "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}, {"Name": "nofile", "Soft": 65536, "Hard": 65536}],
+        "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
         "Tmpfs": {"/tmp": f"rw,exec,nosuid,nodev,mode=1777,size={config.tmp_bytes}"},
         "Mounts": [
             _mount(spec.sock_dir, SOCK_DIR, read_only=True),

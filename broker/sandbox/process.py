@@ -140,7 +140,7 @@ class ProcessDriver:
         empty = self._state_dir / "process" / "trial"
         empty.mkdir(mode=0o755, exist_ok=True)
         spec = SandboxSpec("trial", 0, empty, empty, empty, self._uid, gid=self._gid)
-        argv = [*self._prefix(spec), *self._entry[:1], *(["-I", "-S", "-c", "pass"] if len(self._entry) > 1 else [])]
+        argv = [*process_spawn.launcher(), *self._prefix(spec), self._entry[0], "-I", "-S", "-c", "pass"]
         try:
             done = subprocess.run(
                 argv,
@@ -370,7 +370,7 @@ class ProcessDriver:
             box.strays |= {process.pid: process for process in seen if process is not None}
 
     def _sweep(self, box: _Box) -> None:
-        procfs.send([p.pid for p in box.strays.values() if procfs.identify(p.pid) == p], signal.SIGKILL)
+        procfs.kill(box.strays.values(), KILL_TIMEOUT_S)
         box.strays.clear()
 
     async def _kill(self, box: _Box) -> None:

@@ -62,9 +62,9 @@ def command(record: Record, status_fd: int | None) -> list[str]:
     return [*record.argv[:split], "--json-status-fd", str(status_fd), *record.argv[split:]]
 
 
-def _launcher(isolated: bool) -> list[str]:
-    """Bubblewrap refuses capabilities in a user that is not root; a service's broker has some."""
-    if isolated and os.getuid() != 0 and _has_capabilities():
+def launcher() -> list[str]:
+    """Goes before bubblewrap, which refuses capabilities in a user that is not root; a service's broker has some."""
+    if os.getuid() != 0 and _has_capabilities():
         return ["/usr/bin/setpriv", "--ambient-caps=-all", "--inh-caps=-all"]
     return []
 
@@ -86,7 +86,7 @@ def spawn(record: Record, records: Records) -> tuple[Record, Handles]:
     status, theirs_status = _pipe(records.fifo(record.ref, "status")) if record.isolated else (None, None)
     try:
         child = subprocess.Popen(
-            _launcher(record.isolated) + command(record, theirs_status),
+            (launcher() if record.isolated else []) + command(record, theirs_status),
             stdin=subprocess.DEVNULL,
             stdout=theirs_out,
             stderr=theirs_out,

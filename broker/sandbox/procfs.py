@@ -10,7 +10,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,18 @@ def send(pids: Sequence[int], number: signal.Signals) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def kill(processes: Iterable[Process], timeout_s: float) -> None:
+    """SIGKILL to each, then waits until they are dead. Blocks, ``timeout_s`` at most."""
+    deadline = time.monotonic() + timeout_s
+    fds = [fd for fd in map(open_pidfd, processes) if fd is not None]
+    for fd in fds:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    for fd in fds:
+        ready([fd], max(0.0, deadline - time.monotonic()))
+        os.close(fd)
 
 
 def freeze(pid: int, timeout_s: float) -> bool:

@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,10 @@ class Peer:
         answer = json.loads(await asyncio.wait_for(self._reader.readline(), 20))
         return str(answer.get("error", ""))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._writer.close()
+        with suppress(OSError):
+            await asyncio.wait_for(self._writer.wait_closed(), 5)
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Slot:
     spec: SandboxSpec
     server: asyncio.Server | None = None
     peers: asyncio.Queue[Peer] = field(default_factory=lambda: asyncio.Queue(16))
+    connected: list[Peer] = field(default_factory=list)
 
     async def listen(self) -> None:
         path = self.spec.sock_dir / "agent"
@@ -70,16 +73,19 @@ class Slot:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = Peer(reader, writer)
-        await peer.hello()
-        await self.peers.put(peer)
+        self.connected.append(peer)
+        with suppress(asyncio.IncompleteReadError, ValueError, OSError):
+            await peer.hello()
+            await self.peers.put(peer)
 
     async def peer(self) -> Peer:
         return await asyncio.wait_for(self.peers.get(), 15)
 
-    def drop(self) -> None:
+    async def close(self) -> None:
         if self.server is not None:
             self.server.close()
-            self.server = None
+        for peer in self.connected:
+            await peer.close()
 
 
 @dataclass
@@ -92,6 +98,7 @@ class Rig:
     driver: SandboxDriver
     tasks: TaskOwner
     owners: list[TaskOwner]
+    drivers: list[SandboxDriver] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     refs: list[str] = field(default_factory=list)
 
@@ -126,7 +133,8 @@ class Rig:
         """A driver object of a broker that was started anew (or, with another name, of a neighbour)."""
         owner = TaskOwner("another")
         self.owners.append(owner)
-        return self.make(owner, installation)
+        self.drivers.append(self.make(owner, installation))
+        return self.drivers[-1]
 
 
 @asynccontextmanager
@@ -139,16 +147,17 @@ async def rig(kind: str, make: Callable[[TaskOwner, str, Path], SandboxDriver]) 
         return make(owner, installation if name == "test" else name, base / "state")
 
     driver = build(tasks, "test")
-    made = Rig(kind, base, build, driver, tasks, [tasks])
+    made = Rig(kind, base, build, driver, tasks, [tasks], [driver])
     try:
         await driver.open()
         yield made
     finally:
         for ref in made.refs:
             await made.driver.remove(ref)
-        await made.driver.close()
+        for each in made.drivers:
+            await each.close()
         for slot in made.slots:
-            slot.drop()
+            await slot.close()
         for owner in made.owners:
             await owner.close()
         shutil.rmtree(base, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""Docker Engine down, hung, cut off, or without what it should have: clear errors in bounded time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker.config import DockerConfig
+from broker.errors import Code, CortexError
+from broker.host.tasks import TaskOwner
+from broker.sandbox.docker import DockerDriver
+from broker.sandbox.driver import SandboxDriver
+from tests.integration.sandbox.kinds import DOCKER, IMAGE, docker_missing
+from tests.integration.sandbox.rig import Rig
+
+# When the engine is not well
+
+
+async def _refused(driver: SandboxDriver, code: Code, hint: str) -> CortexError:
+    began = time.monotonic()
+    with pytest.raises(CortexError) as caught:
+        await driver.open()
+    assert caught.value.code is code
+    assert hint in caught.value.hint
+    assert time.monotonic() - began < 8
+    await driver.close()
+    return caught.value
+
+
+async def _docker_at(monkeypatch: pytest.MonkeyPatch, host: str, **changes: Any) -> DockerDriver:
+    monkeypatch.setenv("DOCKER_HOST", host)
+    config = DockerConfig(**{"image": IMAGE, "call_timeout_s": 0.5, **changes})
+    return DockerDriver(config, installation="none", node="here", tasks=TaskOwner("docker"))
+
+
+async def test_an_engine_that_is_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver = await _docker_at(monkeypatch, f"unix://{tmp_path}/none.sock")
+    await _refused(driver, Code.ENGINE_DOWN, "systemctl start docker")
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(tmp_path / "dead.sock"))
+    dead.close()
+    await _refused(await _docker_at(monkeypatch, f"unix://{tmp_path}/dead.sock"), Code.ENGINE_DOWN, "Docker Engine")
+
+
+async def test_an_engine_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as hung:
+        hung.bind(str(tmp_path / "hung.sock"))
+        hung.listen(8)
+        driver = await _docker_at(monkeypatch, f"unix://{tmp_path}/hung.sock")
+        await _refused(driver, Code.ENGINE_TIMEOUT, "docker version")
+        for call in (driver.list(), driver.start("x"), driver.remove("x"), driver.stop("x", 0.1), driver.inspect("x")):
+            began = time.monotonic()
+            with pytest.raises(CortexError) as caught:
+                await call
+            assert caught.value.code is Code.ENGINE_TIMEOUT
+            assert time.monotonic() - began < 4
+        await driver.close()
+
+
+async def test_an_engine_that_answers_rubbish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def rubbish(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_unix_server(rubbish, tmp_path / "ssh.sock")
+    await _refused(await _docker_at(monkeypatch, f"unix://{tmp_path}/ssh.sock"), Code.ENGINE_DOWN, "Docker Engine")
+    server.close()
+
+
+async def test_no_engine_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    await _refused(await _docker_at(monkeypatch, "gopher://x"), Code.BAD_CONFIG, "unix:///var/run/docker.sock")
+
+
+@pytest.mark.docker
+@pytest.mark.skipif(bool(docker_missing()), reason=docker_missing())
+async def test_image_and_runtime_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    driver = await _docker_at(monkeypatch, host, image="cortex-none:none", call_timeout_s=5)
+    await _refused(driver, Code.IMAGE_MISSING, "make image")
+    driver = await _docker_at(monkeypatch, host, runtime="no-such-runtime", call_timeout_s=5)
+    await _refused(driver, Code.ENGINE_ERROR, "daemon.json")
+
+
+@pytest.mark.parametrize("world", [DOCKER], indirect=True)
+async def test_a_wait_outlasts_an_engine_that_is_away(world: Rig, tmp_path: Path, monkeypatch: Any) -> None:
+    """The way to the engine is cut and comes back: the end of a sandbox in between is learned."""
+    ref, _, _ = await world.up()
+    way = _Way(tmp_path / "way.sock")
+    await way.open()
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{way.path}")
+    driver = world.another()
+    await driver.open()
+    waiter = asyncio.ensure_future(driver.wait(ref))
+    await asyncio.sleep(0.2)
+    way.cut()
+    await world.driver.stop(ref, 0.1)
+    done, _ = await asyncio.wait([waiter], timeout=0.3)
+    assert not done
+    await way.open()
+    assert (await asyncio.wait_for(waiter, 15)).code is not None
+    await driver.close()
+    way.cut()
+
+
+class _Way:
+    """Passes bytes to the real engine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_unix_server(self._pass, self.path)
+
+    def cut(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.path.unlink(missing_ok=True)
+        for writer in self._open:
+            writer.transport.abort()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_unix_connection("/var/run/docker.sock")
+        self._open |= {writer, back}
+
+        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            try:
+                while data := await source.read(65536):
+                    target.write(data)
+            except OSError:
+                pass
+            target.transport.abort()
+
+        await asyncio.gather(pump(reader, back), pump(there, writer))
