@@ -5,13 +5,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
-from tests.e2e.harness import BrokerProcess, running
-
-IMAGE = os.environ.get("CORTEX_TEST_IMAGE", "cortex-sandbox:latest")
+from tests.e2e.harness import IMAGE, BrokerProcess, running
 
 
 def docker_missing() -> str:
@@ -31,15 +31,24 @@ def need_docker() -> None:
         pytest.skip(why)
 
 
-@pytest.fixture
-def place() -> Iterator[Path]:
+@contextmanager
+def short_directory() -> Iterator[Path]:
     """A directory with a short path: socket names fit in 107 bytes."""
     directory = Path(tempfile.mkdtemp(prefix="cx-"))
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
-@pytest.fixture(params=["process", pytest.param("docker", marks=pytest.mark.docker)])
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory of the test's own."""
+    with short_directory() as directory:
+        yield directory
+
+
+@pytest.fixture(scope="module", params=["process", pytest.param("docker", marks=pytest.mark.docker)])
 def driver(request: pytest.FixtureRequest) -> str:
     """Both drivers; process runs unisolated only where bubblewrap is missing."""
     if request.param == "docker":
@@ -61,3 +70,11 @@ async def broker(place: Path, driver: str) -> AsyncIterator[BrokerProcess]:
     """A running broker with the demo agent."""
     async with running(place, driver, process_config()) as process:
         yield process
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(driver: str) -> AsyncIterator[BrokerProcess]:
+    """One broker for the tests of a module that neither kill nor reconfigure it; each has users of its own."""
+    with short_directory() as directory:
+        async with running(directory, driver, process_config()) as process:
+            yield process

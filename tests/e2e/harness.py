@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +20,11 @@ from typing import Any, cast
 import acp
 import aiohttp
 from acp.ws import create_websocket_stream
+from yarl import URL
 
 ROOT = Path(__file__).parents[2]
 START_S = 30.0
+IMAGE = os.environ.get("CORTEX_TEST_IMAGE", "cortex-sandbox:latest")
 
 
 def free_port() -> int:
@@ -34,9 +36,11 @@ def free_port() -> int:
 
 
 class BrokerProcess:
-    """``config`` is TOML behind what the harness writes itself."""
+    """``config`` is TOML behind what the harness writes itself; ``env`` is added to the environment."""
 
-    def __init__(self, directory: Path, driver: str, config: str = "") -> None:
+    def __init__(
+        self, directory: Path, driver: str, config: str = "", *, env: Mapping[str, str] | None = None
+    ) -> None:
         self.directory = directory
         self.state_dir = directory / "state"
         self.front_port, self.control_port = free_port(), free_port()
@@ -45,6 +49,7 @@ class BrokerProcess:
         self.config_path = directory / "config.toml"
         self.log_path = directory / "broker.log"
         self.driver = driver
+        self.env = {"CORTEX_SANDBOX__DOCKER__IMAGE": IMAGE} | dict(env or {})
         self.process: asyncio.subprocess.Process | None = None
         self.write_config(config)
 
@@ -61,16 +66,20 @@ class BrokerProcess:
         draft.write_text(text)
         draft.rename(self.config_path)
 
-    async def start(self) -> None:
-        """Returns when it answers that it is ready."""
+    async def spawn(self) -> asyncio.subprocess.Process:
+        """``cortex serve``; waits for nothing."""
         with self.log_path.open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
+            return await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "broker", "serve", "--config", str(self.config_path)),
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
-                env={key: value for key, value in os.environ.items() if not key.startswith("CORTEX_")},
+                env={key: value for key, value in os.environ.items() if not key.startswith("CORTEX_")} | self.env,
             )
+
+    async def start(self) -> None:
+        """Returns when it answers that it is ready."""
+        self.process = await self.spawn()
         async with asyncio.timeout(START_S), aiohttp.ClientSession() as http:
             while True:
                 if self.process.returncode is not None:
@@ -125,6 +134,24 @@ class BrokerProcess:
             assert fine, f"{method} {path}: {response.status} {text}\n{self.log_tail()}"
             return json.loads(text) if text.startswith(("{", "[")) else text
 
+    async def refused(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """The problem details of a call that must fail; each has a code and says what to do."""
+        headers = {"Authorization": f"Bearer {self.admin_token}"}
+        given = {"data": body} if isinstance(body, bytes) else {"json": body}
+        async with (
+            aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=30)) as http,
+            http.request(method, URL(self.control_url + path, encoded=True), **given) as response,
+        ):
+            text = await response.text()
+            assert response.status >= 400, f"{method} {path}: {response.status} {text}"
+            assert response.content_type == "application/problem+json", text
+            problem: dict[str, Any] = json.loads(text)
+        assert problem["status"] == response.status
+        assert problem["code"]
+        assert problem["hint"]
+        assert "Traceback" not in text
+        return problem
+
     async def hook(self, body: dict[str, Any], *, hook_id: str = "msg_1", at: float | None = None) -> tuple[int, Any]:
         """The web app's session-create hook, signed as Standard Webhooks says."""
         secret = (self.state_dir / "hook.secrets").read_text().split()[-1].removeprefix("whsec_")
@@ -160,9 +187,11 @@ class BrokerProcess:
 
 
 @asynccontextmanager
-async def running(directory: Path, driver: str, config: str = "") -> AsyncIterator[BrokerProcess]:
+async def running(
+    directory: Path, driver: str, config: str = "", *, env: Mapping[str, str] | None = None
+) -> AsyncIterator[BrokerProcess]:
     """A broker that is stopped afterwards, its sandboxes removed."""
-    broker = BrokerProcess(directory, driver, config)
+    broker = BrokerProcess(directory, driver, config, env=env)
     await broker.start()
     try:
         yield broker
@@ -171,8 +200,8 @@ async def running(directory: Path, driver: str, config: str = "") -> AsyncIterat
         if broker.process.returncode is not None:
             await broker.start()
         page = await broker.api("GET", "/v1/sessions?limit=100")
-        for view in page["sessions"]:
-            await broker.api("DELETE", f"/v1/sessions/{view['user']}/{view['workspace']}")
+        paths = [f"/v1/sessions/{view['user']}/{view['workspace']}" for view in page["sessions"]]
+        await asyncio.gather(*(broker.api("DELETE", path) for path in paths))
         await broker.stop()
 
 

@@ -11,11 +11,11 @@ import websockets
 
 from tests.e2e.harness import BrokerProcess, Client, connected, turn
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="module")]
 
 
-async def test_from_a_signed_hook_to_a_streamed_answer(broker: BrokerProcess) -> None:
-    status, answer = await broker.hook({"user": "ann", "agent": "demo"})
+async def test_from_a_signed_hook_to_a_streamed_answer(shared: BrokerProcess) -> None:
+    status, answer = await shared.hook({"user": "ann", "agent": "demo"})
     assert status in (200, 201), answer
     client = Client()
     async with connected(answer["acp_url"], answer["token"], client) as agent:
@@ -27,27 +27,27 @@ async def test_from_a_signed_hook_to_a_streamed_answer(broker: BrokerProcess) ->
     assert len(chunks) > 1, "the reply is streamed"
 
 
-async def test_a_replayed_hook_gets_the_first_answer_and_a_stale_one_none(broker: BrokerProcess) -> None:
-    _, first = await broker.hook({"user": "ann"}, hook_id="m1")
-    _, again = await broker.hook({"user": "ann"}, hook_id="m1")
+async def test_a_replayed_hook_gets_the_first_answer_and_a_stale_one_none(shared: BrokerProcess) -> None:
+    _, first = await shared.hook({"user": "bea"}, hook_id="m1")
+    _, again = await shared.hook({"user": "bea"}, hook_id="m1")
     assert again["token"] == first["token"]
     assert again["session"] == first["session"]
-    status, problem = await broker.hook({"user": "ann"}, hook_id="m2", at=1_000_000_000)
+    status, problem = await shared.hook({"user": "bea"}, hook_id="m2", at=1_000_000_000)
     assert (status, problem["code"]) == (401, "hook.outside_tolerance")
 
 
-async def test_the_agent_works_in_the_sandbox_workspace_not_in_the_clients_path(broker: BrokerProcess) -> None:
-    made = await broker.session("ann")
+async def test_the_agent_works_in_the_sandbox_workspace_not_in_the_clients_path(shared: BrokerProcess) -> None:
+    made = await shared.session("cal")
     client = Client()
     async with connected(made["acp_url"], made["token"], client) as agent:
-        session = await agent.new_session(cwd="C:\\Users\\ann", mcp_servers=[])
+        session = await agent.new_session(cwd="C:\\Users\\cal", mcp_servers=[])
         await turn(agent, session.session_id, "!pwd; id -u; ls /")
     shown = client.text + "".join(str(update) for update in client.updates)
     assert "/workspace" in shown
 
 
-async def test_permission_requests_reach_the_client_and_its_answer_the_agent(broker: BrokerProcess) -> None:
-    made = await broker.session("ann")
+async def test_permission_requests_reach_the_client_and_its_answer_the_agent(shared: BrokerProcess) -> None:
+    made = await shared.session("dan")
     client = Client(permission="allow_once")
     async with connected(made["acp_url"], made["token"], client) as agent:
         session = await agent.new_session(cwd="/", mcp_servers=[])
@@ -56,8 +56,8 @@ async def test_permission_requests_reach_the_client_and_its_answer_the_agent(bro
     assert "permitted-42" in "".join(str(update) for update in client.updates)
 
 
-async def test_cancel_ends_the_turn(broker: BrokerProcess) -> None:
-    made = await broker.session("ann")
+async def test_cancel_ends_the_turn(shared: BrokerProcess) -> None:
+    made = await shared.session("eve")
     client = Client()
     async with connected(made["acp_url"], made["token"], client) as agent:
         session = await agent.new_session(cwd="/", mcp_servers=[])
@@ -68,8 +68,8 @@ async def test_cancel_ends_the_turn(broker: BrokerProcess) -> None:
     assert result.stop_reason == "cancelled"
 
 
-async def test_a_second_client_loads_the_conversation_and_both_see_what_follows(broker: BrokerProcess) -> None:
-    made = await broker.session("ann")
+async def test_a_second_client_loads_the_conversation_and_both_see_what_follows(shared: BrokerProcess) -> None:
+    made = await shared.session("fay")
     one, two = Client(), Client()
     async with connected(made["acp_url"], made["token"], one) as first:
         session = await first.new_session(cwd="/", mcp_servers=[])
@@ -82,8 +82,8 @@ async def test_a_second_client_loads_the_conversation_and_both_see_what_follows(
             assert "celeriac" in two.text
 
 
-async def test_work_goes_on_when_the_client_leaves_and_is_there_when_it_comes_back(broker: BrokerProcess) -> None:
-    made = await broker.session("ann")
+async def test_work_goes_on_when_the_client_leaves_and_is_there_when_it_comes_back(shared: BrokerProcess) -> None:
+    made = await shared.session("gil")
     client = Client()
     async with connected(made["acp_url"], made["token"], client) as agent:
         session = await agent.new_session(cwd="/", mcp_servers=[])
@@ -98,19 +98,19 @@ async def test_work_goes_on_when_the_client_leaves_and_is_there_when_it_comes_ba
         await later.until(lambda: len(later.updates) >= max(30, seen))
 
 
-async def test_a_config_change_reaches_the_running_sandbox_with_that_part_alone(broker: BrokerProcess) -> None:
-    made = await broker.session("ann")
-    before = await broker.api("GET", "/v1/sessions/ann/main")
+async def test_a_config_change_reaches_the_running_sandbox_with_that_part_alone(shared: BrokerProcess) -> None:
+    made = await shared.session("hal")
+    before = await shared.api("GET", "/v1/sessions/hal/main")
     server = {"mcpServers": {"echo": {"command": "/bin/cat", "args": []}}}
-    written = await broker.metric('cortex_state_writes_total{kind="mcp",result="written"}')
-    settings = await broker.metric('cortex_state_writes_total{kind="settings",result="written"}')
-    answer = await broker.api("PUT", "/v1/users/ann/config/mcp", server)
+    written = await shared.metric('cortex_state_writes_total{kind="mcp",result="written"}')
+    settings = await shared.metric('cortex_state_writes_total{kind="settings",result="written"}')
+    answer = await shared.api("PUT", "/v1/users/hal/config/mcp", server)
     assert answer["effect"] in ("next_session", "now"), answer
-    assert await broker.metric('cortex_state_writes_total{kind="mcp",result="written"}') == written + 1
-    assert await broker.metric('cortex_state_writes_total{kind="settings",result="written"}') == settings
-    again = await broker.api("PUT", "/v1/users/ann/config/mcp", server)
-    assert await broker.metric('cortex_state_writes_total{kind="mcp",result="written"}') == written + 1, again
-    after = await broker.api("GET", "/v1/sessions/ann/main")
+    assert await shared.metric('cortex_state_writes_total{kind="mcp",result="written"}') == written + 1
+    assert await shared.metric('cortex_state_writes_total{kind="settings",result="written"}') == settings
+    again = await shared.api("PUT", "/v1/users/hal/config/mcp", server)
+    assert await shared.metric('cortex_state_writes_total{kind="mcp",result="written"}') == written + 1, again
+    after = await shared.api("GET", "/v1/sessions/hal/main")
     assert after["sandbox"]["slot"] == before["sandbox"]["slot"]
     client = Client()
     async with connected(made["acp_url"], made["token"], client) as agent:
@@ -119,14 +119,15 @@ async def test_a_config_change_reaches_the_running_sandbox_with_that_part_alone(
     assert "echo" in client.text
 
 
-async def test_a_bad_section_is_refused_with_the_field_and_nothing_changes(broker: BrokerProcess) -> None:
-    problem = await broker.api("PUT", "/v1/users/ann/config/mcp", {"mcpServer": {}}, expect=422)
+async def test_a_bad_section_is_refused_with_the_field_and_nothing_changes(shared: BrokerProcess) -> None:
+    problem = await shared.api("PUT", "/v1/users/ida/config/mcp", {"mcpServer": {}}, expect=422)
     assert problem["code"] == "config.invalid_section"
     assert "mcpServers" in problem["hint"]
-    unknown = await broker.api("PUT", "/v1/users/ann/config/mpc", {}, expect=404)
+    unknown = await shared.api("PUT", "/v1/users/ida/config/mpc", {}, expect=404)
     assert "mcp" in unknown["hint"]
 
 
+@pytest.mark.asyncio(loop_scope="function")
 async def test_a_killed_broker_loses_nothing_and_takes_the_running_agent_over(broker: BrokerProcess) -> None:
     made = await broker.session("ann")
     client = Client()
@@ -149,14 +150,14 @@ async def test_a_killed_broker_loses_nothing_and_takes_the_running_agent_over(br
     assert after["sandbox"]["slot"] == before["sandbox"]["slot"]
 
 
-async def test_a_stopped_session_wakes_for_a_client_with_home_and_history(broker: BrokerProcess) -> None:
-    made = await broker.session("ann")
+async def test_a_stopped_session_wakes_for_a_client_with_home_and_history(shared: BrokerProcess) -> None:
+    made = await shared.session("jon")
     client = Client()
     async with connected(made["acp_url"], made["token"], client) as agent:
         session = await agent.new_session(cwd="/", mcp_servers=[])
         await turn(agent, session.session_id, "!echo kept > note.txt")
-    await broker.api("POST", "/v1/sessions/ann/main/stop")
-    assert (await broker.api("GET", "/v1/sessions/ann/main"))["state"] == "stopped"
+    await shared.api("POST", "/v1/sessions/jon/main/stop")
+    assert (await shared.api("GET", "/v1/sessions/jon/main"))["state"] == "stopped"
     later = Client()
     async with connected(made["acp_url"], made["token"], later) as agent:
         await agent.load_session(cwd="/", session_id=session.session_id, mcp_servers=[])
@@ -164,11 +165,11 @@ async def test_a_stopped_session_wakes_for_a_client_with_home_and_history(broker
     assert "kept" in "".join(str(update) for update in later.updates)
 
 
-async def test_revoking_closes_live_sockets_within_a_second(broker: BrokerProcess) -> None:
-    made = await broker.session("ann")
+async def test_revoking_closes_live_sockets_within_a_second(shared: BrokerProcess) -> None:
+    made = await shared.session("kim")
     headers = {"Authorization": f"Bearer {made['token']}"}
     async with websockets.connect(made["acp_url"], additional_headers=headers, compression=None) as socket:
-        await broker.api("DELETE", "/v1/sessions/ann/main/tokens")
+        await shared.api("DELETE", "/v1/sessions/kim/main/tokens")
         async with asyncio.timeout(1):
             await socket.wait_closed()
         assert socket.close_code == 4401
@@ -177,28 +178,30 @@ async def test_revoking_closes_live_sockets_within_a_second(broker: BrokerProces
     assert refused.value.response.status_code == 401
 
 
-async def test_another_users_token_opens_only_that_users_session(broker: BrokerProcess) -> None:
-    ann, bob = await broker.session("ann"), await broker.session("bob")
+async def test_another_users_token_opens_only_that_users_session(shared: BrokerProcess) -> None:
+    lea, leo = await shared.session("lea"), await shared.session("leo")
     one, two = Client(), Client()
     async with (
-        connected(ann["acp_url"], ann["token"], one) as first,
-        connected(bob["acp_url"], bob["token"], two) as second,
+        connected(lea["acp_url"], lea["token"], one) as first,
+        connected(leo["acp_url"], leo["token"], two) as second,
     ):
         session = await first.new_session(cwd="/", mcp_servers=[])
         with pytest.raises(acp.RequestError):
             await second.load_session(cwd="/", session_id=session.session_id, mcp_servers=[])
 
 
-async def test_the_warm_path_does_nothing(broker: BrokerProcess) -> None:
-    made = await broker.session("ann")
+async def test_the_warm_path_does_nothing(shared: BrokerProcess) -> None:
+    made = await shared.session("max")
     client = Client()
     async with connected(made["acp_url"], made["token"], client) as agent:
         session = await agent.new_session(cwd="/", mcp_servers=[])
         await turn(agent, session.session_id, "first")
-        before = await counters(broker)
+        while await shared.metric('cortex_sessions{state="starting"}'):
+            await asyncio.sleep(0.05)  # those of other tests
+        before = await counters(shared)
         for number in range(5):
             await turn(agent, session.session_id, f"message {number}")
-        assert await counters(broker) == before
+        assert await counters(shared) == before
 
 
 async def counters(broker: BrokerProcess) -> dict[str, str]:
@@ -211,17 +214,17 @@ async def counters(broker: BrokerProcess) -> dict[str, str]:
     return dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(kinds))
 
 
-async def test_one_turn_over_plain_http_is_streamed(broker: BrokerProcess) -> None:
-    await broker.session("ann")
-    text = await broker.api("POST", "/v1/sessions/ann/main/prompt", {"text": "over http"})
+async def test_one_turn_over_plain_http_is_streamed(shared: BrokerProcess) -> None:
+    await shared.session("nat")
+    text = await shared.api("POST", "/v1/sessions/nat/main/prompt", {"text": "over http"})
     assert "over" in text
     assert "event: result" in text or '"stopReason":"end_turn"' in text.replace(" ", "")
 
 
-async def test_health_timeline_and_openapi(broker: BrokerProcess) -> None:
-    await broker.session("ann")
-    assert (await broker.api("GET", "/livez"))["status"] == "ok"
-    assert (await broker.api("GET", "/readyz?verbose"))["checks"]["engine"] == "ok"
-    stages = (await broker.api("GET", "/v1/sessions/ann/main/timeline"))["bringups"][0]["stages"]
+async def test_health_timeline_and_openapi(shared: BrokerProcess) -> None:
+    await shared.session("oda")
+    assert (await shared.api("GET", "/livez"))["status"] == "ok"
+    assert (await shared.api("GET", "/readyz?verbose"))["checks"]["engine"] == "ok"
+    stages = (await shared.api("GET", "/v1/sessions/oda/main/timeline"))["bringups"][0]["stages"]
     assert {"assemble", "place", "start", "hello", "bind", "agent"} <= {stage["stage"] for stage in stages}
-    assert "/v1/sessions" in (await broker.api("GET", "/v1/openapi.json"))["paths"]
+    assert "/v1/sessions" in (await shared.api("GET", "/v1/openapi.json"))["paths"]
