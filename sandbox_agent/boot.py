@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from sandbox_agent import spawn
+from sandbox_agent import memory, spawn
 from sandbox_agent.wire import codec
 
 BOOT_TIMEOUT_S = 60.0
@@ -41,6 +41,8 @@ class Booted:
         self.child: spawn.Child | None = None
         self.failure: spawn.SpawnError | None = None
         self.started_ms = 0.0
+        self.memory = -1
+        """Descriptor for ``memory.pss``."""
 
 
 def main(argv: list[str]) -> int:
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         say(str(error))
         return 64
+    booted.memory = memory.open_meter()
     guard()
     try:
         booted.control, booted.welcome = first_welcome(os.path.join(booted.socket_dir, "agent"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvloop
 
-from sandbox_agent import packages
+from sandbox_agent import memory, packages
 from sandbox_agent.bind import Binder
 from sandbox_agent.boot import Booted, say
 from sandbox_agent.control import Control
@@ -205,7 +205,7 @@ class Server:
             self._put_agent_files()
             self.control.send(self.binder.apply(message))
         elif isinstance(message, Probe):
-            self.control.send(self._status(message.id, pss=own_pss()))
+            self.control.send(self._status(message.id, pss=memory.pss(self._booted.memory)))
         elif isinstance(message, Stop):
             self._ask_to_stop(message.grace_s)
         elif isinstance(message, Build):
@@ -253,15 +253,3 @@ class Server:
             if info is None or info.si_pid == self.process.pid:
                 return
             os.waitpid(info.si_pid, os.WNOHANG)
-
-
-def own_pss() -> int:
-    """Proportional set size of this process in bytes; 0 where the kernel does not say."""
-    try:
-        with open("/proc/self/smaps_rollup") as file:
-            for line in file:
-                if line.startswith("Pss:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return 0
-    return 0
