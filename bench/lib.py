@@ -124,9 +124,11 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def interleaved(names: Sequence[str], rounds: int, run: Callable[[str], dict[str, float]]) -> dict[str, dict[str, Any]]:
+def interleaved(
+    names: Sequence[str], rounds: int, run: Callable[[str], dict[str, float]]
+) -> dict[str, dict[str, list[float]]]:
     """Runs each name once a round, in turning order; by name and figure the list of what was measured."""
-    seen: dict[str, dict[str, Any]] = {name: {} for name in names}
+    seen: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for number in range(rounds):
         for name in [*names[number % len(names) :], *names[: number % len(names)]]:
             for figure, value in run(name).items():
