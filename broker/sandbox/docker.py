@@ -102,15 +102,23 @@ class DockerDriver:
             entry=self._entry,
             files=self._files(spec),
         )
+        creating = self._tasks.start(self._create(name, body), f"docker-create-{spec.slot}", on_error=lambda _: None)
+        try:
+            return await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            # The engine goes on making it, so it can only be removed once it is there.
+            self._tasks.start(self._undo(creating), f"docker-undo-{spec.slot}", on_error=_log_forgotten)
+            raise
+
+    async def _create(self, name: str, body: dict[str, Any]) -> str:
         try:
             ref = await self._engine.create(name, body)
             if ref is None:
                 await self._forget(name)
                 ref = await self._engine.create(name, body)
-        except (CortexError, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) or error.code is Code.ENGINE_TIMEOUT:
-                # The engine may have made it and only the answer is missing.
-                self._tasks.start(self._forget(name), "docker-forget", on_error=_log_forgotten)
+        except CortexError as error:
+            if error.code is Code.ENGINE_TIMEOUT:
+                self._tasks.start(self._forget(name), f"docker-forget-{name}", on_error=_log_forgotten)
             raise
         if ref is None:
             raise CortexError(
@@ -120,8 +128,11 @@ class DockerDriver:
             )
         return ref
 
+    async def _undo(self, creating: asyncio.Task[str]) -> None:
+        await self.remove(await creating)
+
     async def _forget(self, name: str) -> None:
-        """Removes a container of ours that was created but never started."""
+        """Removes a container of ours that was created but never started: perhaps one whose answer was lost."""
         data = await self._engine.show(name)
         if data is None:
             return

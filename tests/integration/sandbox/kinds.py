@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ IMAGE = os.environ.get("CORTEX_TEST_IMAGE", "cortex-sandbox:latest")
 SUITE_IN_DOCKER = "/opt/cortex/packages/dialler.py"
 
 
+@functools.cache
 def docker_missing() -> str:
     if os.environ.get("CORTEX_TEST_DOCKER") == "required":
         return ""

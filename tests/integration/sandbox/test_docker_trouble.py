@@ -108,6 +108,18 @@ async def test_a_wait_outlasts_an_engine_that_is_away(world: Rig, tmp_path: Path
     way.cut()
 
 
+@pytest.mark.parametrize("world", [DOCKER], indirect=True)
+async def test_a_cancelled_create_leaves_nothing(world: Rig) -> None:
+    for delay in (0, 0.002, 0.005):
+        slot = await world.slot()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(world.driver.create(slot.spec), delay)
+    async with asyncio.timeout(10):
+        while len(world.tasks) > 1:  # all but the event stream
+            await asyncio.sleep(0.01)
+    assert await world.driver.list() == []
+
+
 class _Way:
     """Passes bytes to the real engine."""
 
