@@ -28,6 +28,8 @@ BACKLOG = 1024
 CLOSE_TIMEOUT_S = 2.0
 """How long ``close`` waits for clients to answer their close frame."""
 _STREAM_SLACK_S = 10.0
+_TOLD_OVER_LIMIT = 64
+"""So many connections over the limit get an answer; more are cut off."""
 _AGENT_PROTOCOL = {"acp": "acp", "raw": "websocket"}
 
 
@@ -126,7 +128,12 @@ class FrontDoor:
         self._empty.clear()
         if self._closing:
             self._refuse(arrival, _restarting())
-        elif len(self) > self._config().front.max_connections:
+            return
+        limit = self._config().front.max_connections
+        if len(self) > limit + _TOLD_OVER_LIMIT:
+            REFUSED.labels(Code.MAILBOX_FULL.slug).inc()
+            arrival.abort()
+        elif len(self) > limit:
             hint = "try again later; operators raise front.max_connections"
             self._refuse(arrival, CortexError(Code.MAILBOX_FULL, "too many connections", hint=hint))
 
@@ -153,6 +160,7 @@ class FrontDoor:
         except CortexError as error:
             self._turn_away(arrival, upgrade, error)
             return
+        log.info("client_attached", session=session.id, user=session.user, connection=relay.connection)
         self._relays[relay] = None
         headers = {"Acp-Connection-Id": relay.connection, "Cortex-Session": session.id}
         self._accept(arrival, upgrade, relay, headers)
@@ -241,6 +249,7 @@ class FrontDoor:
         if task is not None:
             task.cancel()
         session.detach(relay)
+        log.info("client_gone", session=session.id, user=session.user, connection=relay.connection, code=relay.code)
         self._note_empty()
 
     # Refusals.

@@ -119,6 +119,11 @@ class Relay:
     def gone(self) -> bool:
         return self._gone
 
+    @property
+    def code(self) -> int:
+        """The close code; 1006 when the connection ended without one."""
+        return self._close_code
+
     # What a session does (AttachedClient).
 
     def hold(self) -> None:

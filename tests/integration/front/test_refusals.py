@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -135,6 +136,14 @@ async def test_too_many_connections() -> None:
     async with house(max_connections=1) as here, attached(here), raw(here) as client:
         status, body = await problem(client)
         assert (status, body["code"]) == (503, "session.overloaded")
+
+
+async def test_a_flood_of_connections_is_cut_off() -> None:
+    async with house(max_connections=1, handshake_timeout_s=60) as here, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(raw(here, b"")) for _ in range(100)]
+        answers = [await client.eof() for client in clients[1:]]
+        assert all(answer.startswith(b"HTTP/1.1 503 ") for answer in answers[:60])
+        assert answers[-1] == b""
 
 
 async def test_a_closing_door_refuses() -> None:
