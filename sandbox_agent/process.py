@@ -212,7 +212,7 @@ class AgentProcess:
             left = None if self.state == "ready" else deadline - asyncio.get_running_loop().time()
             if left is not None and left <= 0:
                 await self._end(RESTART_GRACE_S)
-                return f"it was not ready within {spec.init_timeout_s:g} s"
+                return self._late(spec, stdio)
             await self._woken(left)
         return None
 
@@ -273,6 +273,11 @@ class AgentProcess:
         stdio.finish()
         self._exit = status
         self._wake.set()
+
+    def _late(self, spec: AgentSpec, stdio: AgentStdio) -> str:
+        missing = "did not listen on its port" if self.websocket else "did not answer initialize"
+        said = f": {stdio.last_words}" if stdio.last_words else ""
+        return f"it {missing} within {spec.init_timeout_s:g} s{said}"
 
     def _exit_reason(self, stdio: AgentStdio) -> str:
         status = self._exit if self._exit is not None else 0

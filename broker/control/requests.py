@@ -87,10 +87,12 @@ def _bad_request(error: ValidationError, model: type[BaseModel]) -> CortexError:
             f"{bad_id.path[0]} is not valid",
             hint="use 1 to 128 letters, digits and . _ @ + : | -, beginning with a letter or digit",
         )
+    # A misspelt key is also a missing one; the problem that names the right spelling helps more.
+    told = next((item for item in found if item.hint), found[0])
     return CortexError(
         Code.BAD_REQUEST,
-        f"the request is not valid: {found[0]}",
-        hint=found[0].hint or "see /v1/openapi.json",
+        f"the request is not valid: {told}",
+        hint=told.hint or "see /v1/openapi.json",
         details={"problems": [item.as_dict() for item in found]},
     )
 

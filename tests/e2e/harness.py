@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import io
 import json
 import os
 import signal
@@ -38,9 +39,7 @@ def free_port() -> int:
 class BrokerProcess:
     """``config`` is TOML behind what the harness writes itself; ``env`` is added to the environment."""
 
-    def __init__(
-        self, directory: Path, driver: str, config: str = "", *, env: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, directory: Path, driver: str, config: str = "", *, env: Mapping[str, str] | None = None) -> None:
         self.directory = directory
         self.state_dir = directory / "state"
         self.front_port, self.control_port = free_port(), free_port()
@@ -137,7 +136,7 @@ class BrokerProcess:
     async def refused(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The problem details of a call that must fail; each has a code and says what to do."""
         headers = {"Authorization": f"Bearer {self.admin_token}"}
-        given = {"data": body} if isinstance(body, bytes) else {"json": body}
+        given = {"data": io.BytesIO(body)} if isinstance(body, bytes) else {"json": body}
         async with (
             aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=30)) as http,
             http.request(method, URL(self.control_url + path, encoded=True), **given) as response,
@@ -188,10 +187,15 @@ class BrokerProcess:
 
 @asynccontextmanager
 async def running(
-    directory: Path, driver: str, config: str = "", *, env: Mapping[str, str] | None = None
+    directory: Path,
+    driver: str,
+    config: str = "",
+    *,
+    env: Mapping[str, str] | None = None,
+    kind: type[BrokerProcess] = BrokerProcess,
 ) -> AsyncIterator[BrokerProcess]:
     """A broker that is stopped afterwards, its sandboxes removed."""
-    broker = BrokerProcess(directory, driver, config, env=env)
+    broker = kind(directory, driver, config, env=env)
     await broker.start()
     try:
         yield broker

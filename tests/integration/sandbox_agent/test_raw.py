@@ -53,4 +53,4 @@ async def test_an_agent_that_never_listens_fails(sandbox: Sandbox, broker: Broke
     broker.welcome = replace(broker.welcome, agent_spec=spec)
     await sandbox.start()
     failed = await (await broker.control()).status("failed")
-    assert "not ready within 0.3 s" in failed.what
+    assert "did not listen on its port within 0.3 s" in failed.what

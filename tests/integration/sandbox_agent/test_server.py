@@ -149,7 +149,7 @@ async def test_an_agent_that_never_answers_initialize(sandbox: Sandbox, broker: 
     broker.welcome = replace(broker.welcome, agent_spec=spec)
     await sandbox.start()
     failed = await (await broker.control()).status("failed")
-    assert "not ready within 0.3 s" in failed.what
+    assert "did not answer initialize within 0.3 s" in failed.what
     assert failed.agent_pid == 0
 
 
