@@ -219,10 +219,16 @@ class Broker:
     # -- changes while running -----------------------------------------------------------------
 
     async def _users_changed(self, paths: set[Path]) -> None:
-        root = _place(self.config().broker.users_dir)
-        for user, section in touched(root, paths):
-            for applied in await self.registry.config_changed(user, section):
-                log.info("user_config_applied", user=user, section=section, state=applied.state)
+        changes: dict[str, list[str]] = {}
+        for user, section in touched(_place(self.config().broker.users_dir), paths):
+            changes.setdefault(user, []).append(section)
+        for user, sections in changes.items():
+            # Each on its own: a session that is starting up makes nobody else wait.
+            self._tasks.start(self._user_changed(user, sections), "user_changed")
+
+    async def _user_changed(self, user: str, sections: list[str]) -> None:
+        for applied in await self.registry.config_changed(user, ", ".join(sections)):
+            log.info("user_config_applied", user=user, sections=sections, state=applied.state)
 
     async def _file_changed(self, paths: set[Path]) -> None:
         if self._loaded.path in paths:

@@ -66,6 +66,8 @@ def _unix(path: Path, key: str) -> socket.socket:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
             raise OSError(errno.EEXIST, "the path is there and is no socket")
+        if _served(path):
+            raise OSError(errno.EADDRINUSE, "another process listens there")
         path.unlink(missing_ok=True)
         before = os.umask(0o117)
         try:
@@ -78,6 +80,19 @@ def _unix(path: Path, key: str) -> socket.socket:
         sock.close()
         raise _failed(key, f"unix:{path}", str(error), "choose another path, 107 bytes at most") from error
     return sock
+
+
+def _served(path: Path) -> bool:
+    """Whether somebody listens at ``path``; what a process that died left behind refuses."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return True
 
 
 def _failed(key: str, address: str, cause: str, hint: str) -> CortexError:

@@ -103,14 +103,27 @@ class Assembler:
             answer = answers[source.name]
             before = last.answers.get(source.name) if last else None
             sections = {}
+            told = len(warnings)
             for section, value in answer.sections.items():
                 good = self._check(source.name, section, value, before, warnings)
-                if good is not None:
+                if good is not None and self._fits(source.name, section, good, layers, warnings):
                     sections[section] = good
                     origins[section] = source.name
             layers.append(sections)
-            checked[source.name] = Answer(sections, answer.tag)
+            # Without its tag an answer that is in part wrong is read, and complained of, again.
+            checked[source.name] = Answer(sections, answer.tag if len(warnings) == told else "")
         return Assembled(assemble(*layers), checked, origins, tuple(warnings))
+
+    def _fits(
+        self, source: str, section: str, value: dict[str, Any], below: list[Mapping[str, Any]], warnings: list[str]
+    ) -> bool:
+        """Whether the sum of the layers is still valid; each may be, and their sum too large."""
+        try:
+            assemble(*({section: layer.get(section, {})} for layer in below), {section: value})
+        except CortexError as error:
+            warnings.append(f"{source}: over the weaker sources {error}; it is left out")
+            return False
+        return True
 
     def _check(
         self, source: str, section: str, value: Any, before: Answer | None, warnings: list[str]

@@ -10,18 +10,20 @@ Assembly stands before ``create`` only when no configuration is cached; else it 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from broker.errors import Code, CortexError
 from broker.host.tasks import first_of, together
 from broker.sandbox.slots import home_key
 from broker.session.assembly import Assembled
 from broker.session.parts import Wanted, servers, wanted
-from broker.session.sandbox import Runtime, Sandbox, place
+from broker.session.sandbox import Runtime, Sandbox, how_ended, place
 from broker.session.timeline import Timeline
 from sandbox_agent.wire.messages import Status
 
+T = TypeVar("T")
 LAST_WORDS_S = 1.0
 
 
@@ -35,6 +37,8 @@ class Subject:
     agent: str
     on_status: Callable[[Status], None]
     on_lost: Callable[[Sandbox, str], None]
+    on_placed: Callable[[Sandbox], None]
+    """There is something to put away from now on."""
     on_package: Callable[[str, CortexError | None], None]
 
 
@@ -48,13 +52,20 @@ class Prepared:
 
 
 async def prepare(runtime: Runtime, subject: Subject, assembled: Assembled, home: str) -> Prepared:
-    """Resolves MCP packages and computes parts and hashes; never waits for an install."""
+    """Resolves MCP packages and computes parts and hashes; never waits for an install. Raises ``CortexError``."""
+    config = runtime.config()
+    if subject.agent not in config.agents:
+        raise CortexError(
+            Code.UNKNOWN_AGENT,
+            f"the session's agent {subject.agent!r} is no longer configured",
+            hint=f"put [agents.{subject.agent}] back into config.toml, or delete the session",
+        )
     resolved = await runtime.shelf.resolve(servers(assembled.config), on_done=subject.on_package)
     warnings = [*assembled.warnings]
     warnings += [f"MCP server {name} is left out: {error}" for name, error in resolved.failed.items()]
     parts = wanted(
         runtime.installation_key,
-        runtime.config(),
+        config,
         subject.agent,
         assembled.config,
         home=home,
@@ -65,7 +76,7 @@ async def prepare(runtime: Runtime, subject: Subject, assembled: Assembled, home
 
 
 class BringUp:
-    """One bring-up. ``sandbox`` is set as soon as there is something to put away."""
+    """One bring-up, or the taking over of a sandbox that outlived the last broker."""
 
     def __init__(self, runtime: Runtime, subject: Subject, timeline: Timeline) -> None:
         self.runtime = runtime
@@ -74,16 +85,24 @@ class BringUp:
         self.sandbox: Sandbox | None = None
 
     async def run(self, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
-        """Cold start. Raises ``CortexError``; then the caller puts ``sandbox`` away."""
+        """Cold start. Raises ``CortexError``; then the caller puts the sandbox away."""
+        return await self._bounded(self._run(incarnation, generation, cached))
+
+    async def readopt(self, box: Sandbox, generation: int, cached: Assembled | None) -> Prepared:
+        """Waits until the agent server has redialled and gives it what differs. Raises ``CortexError``."""
+        self.sandbox = box
+        return await self._bounded(self._readopt(box, generation, cached))
+
+    async def _bounded(self, work: Coroutine[Any, Any, Prepared]) -> Prepared:
         timeout = self.runtime.config().session.bringup_timeout_s
         try:
             async with asyncio.timeout(timeout):
-                return await self._run(incarnation, generation, cached)
+                return await work
         except TimeoutError as error:
             last = max(self.timeline.stages, key=lambda s: s[1], default=("nothing", 0, 0))[0]
             raise CortexError(
                 Code.BRINGUP_TIMEOUT,
-                f"the session was not ready in {timeout:g} s; the last stage that ended was {last!r}",
+                f"the session was not ready in {timeout:g} s; the last stage that began was {last!r}",
                 hint="look at the session's timeline; raise session.bringup_timeout_s if the host is slow",
             ) from error
         except CortexError as error:
@@ -110,16 +129,23 @@ class BringUp:
         # one that comes meanwhile is bound like any change.
         with self.timeline.stage("packages"):
             early = await prepare(self.runtime, self.subject, first, home)
-        _, fresh, _ = await together(self._launch(box, early), self._refresh(cached), self._gateway(box, early))
+        _, fresh, _ = await together(self._launch(box, early), self._refresh(cached), self._gateway(box, first))
         latest = early
         if fresh is not None:
             latest = await prepare(self.runtime, self.subject, fresh, home)
-            await box.tell_gateway(fresh, latest.wanted)
-        with self.timeline.stage("bind"):
-            await box.bind(latest.wanted, generation)
-        with self.timeline.stage("agent"):
-            await box.agent_ready()
+            await box.tell_gateway(fresh)
+        await self._or_exit(box, self._settle(box, latest, generation), "before it was ready")
         return latest
+
+    async def _readopt(self, box: Sandbox, generation: int, cached: Assembled | None) -> Prepared:
+        await self._hello(box)
+        assembled = await self._assemble(cached)
+        prepared = await prepare(self.runtime, self.subject, assembled, self.runtime.home_of(box.slot))
+        await self._gateway(box, assembled)
+        # What it was made with is not known any more; what it would be made with now is the best guess.
+        box.boot_hash = prepared.wanted.hashes["boot"]
+        await self._or_exit(box, self._settle(box, prepared, generation), "before it was taken over")
+        return prepared
 
     async def _place(self, incarnation: int) -> Sandbox:
         key = home_key(self.subject.user, self.subject.workspace)
@@ -127,22 +153,26 @@ class BringUp:
         slot = slots.create(slots.new_id())
         try:
             slots.adopt_home(slot.id, key)
+            box = place(
+                self.runtime,
+                self.subject.user,
+                self.subject.workspace,
+                self.subject.session_id,
+                key,
+                slot,
+                incarnation,
+                welcomed=False,
+                on_status=self.subject.on_status,
+                on_lost=self._lost,
+            )
         except CortexError:
+            if slots.owner(slot.id) == key:
+                slots.release_home(slot.id, key)
             await slots.remove(slot.id)
             raise
-        self.sandbox = place(
-            self.runtime,
-            self.subject.user,
-            self.subject.workspace,
-            self.subject.session_id,
-            key,
-            slot,
-            incarnation,
-            welcomed=False,
-            on_status=self.subject.on_status,
-            on_lost=self._lost,
-        )
-        return self.sandbox
+        self.sandbox = box
+        self.subject.on_placed(box)
+        return box
 
     def _lost(self, reason: str) -> None:
         if self.sandbox is not None:
@@ -155,26 +185,33 @@ class BringUp:
     async def _refresh(self, cached: Assembled | None) -> Assembled | None:
         return await self._assemble(cached) if cached is not None else None
 
-    async def _gateway(self, box: Sandbox, prepared: Prepared) -> None:
+    async def _gateway(self, box: Sandbox, assembled: Assembled) -> None:
         with self.timeline.stage("gateway"):
-            await box.tell_gateway(prepared.assembled, prepared.wanted)
+            await box.tell_gateway(assembled)
 
     async def _launch(self, box: Sandbox, prepared: Prepared) -> None:
         with self.timeline.stage("start"):
             await box.launch(prepared.assembled, prepared.wanted)
-        with self.timeline.stage("hello"):
-            await self._hello_or_exit(box)
+        await self._hello(box)
 
-    async def _hello_or_exit(self, box: Sandbox) -> None:
-        """Waits for hello, and for the sandbox's end, which tells more than a deadline would."""
-        exited, hello = await first_of(
-            self.runtime.driver.wait(box.ref),
-            box.link.wait_hello(self.runtime.config().sandbox.hello_timeout_s),
-        )
-        if hello is None and exited is not None:
+    async def _hello(self, box: Sandbox) -> None:
+        timeout = self.runtime.config().sandbox.hello_timeout_s
+        with self.timeline.stage("hello"):
+            await self._or_exit(box, box.link.wait_hello(timeout), "before its agent server said hello")
+
+    async def _settle(self, box: Sandbox, prepared: Prepared, generation: int) -> None:
+        with self.timeline.stage("bind"):
+            await box.bind(prepared.wanted, generation)
+        with self.timeline.stage("agent"):
+            await box.agent_ready()
+
+    async def _or_exit(self, box: Sandbox, work: Coroutine[Any, Any, T], when: str) -> None:
+        """Does ``work``; the sandbox's end meanwhile tells more, and sooner, than a deadline would."""
+        exited, _ = await first_of(self.runtime.driver.wait(box.ref), work)
+        if exited is not None:
             raise CortexError(
                 Code.SANDBOX_DIED,
-                f"the sandbox ended with code {exited.code} before its agent server said hello",
+                f"the sandbox {how_ended(exited)} {when}",
                 cause=exited.tail.strip()[-400:] or None,
                 hint="build the image anew with `make image`; `cortex doctor` checks the rest",
             )

@@ -1,8 +1,7 @@
 """What a sandbox should have, in parts that are hashed and sent on their own.
 
 ``boot`` is what the sandbox is made with (a change needs a new one), ``process`` what the agent
-reads when it starts, ``mcp`` and ``settings`` what a running agent server takes; ``gateway`` is
-told to the gateway and never reaches the sandbox. Pure.
+reads when it starts, ``mcp`` and ``settings`` what a running agent server takes. Pure.
 """
 
 from __future__ import annotations
@@ -85,10 +84,6 @@ def wanted(
             "allow_client_mcp": user.settings.allow_client_mcp,
             "permission_policy": user.settings.permission_policy,
             "workspace": spec.cwd,
-        },
-        "gateway": {
-            "egress": list(user.egress.hosts),
-            "providers": {name: choice.model_dump() for name, choice in user.providers.items()},
         },
     }
     return Wanted(spec, values, fingerprints(key, values))

@@ -65,10 +65,22 @@ async def providers_for(
         choice = choices.get(name)
         source = choice.use if choice and choice.use in config.gateway.providers else name
         entry = config.gateway.providers[source]
-        ca = await asyncio.to_thread(Path(entry.ca_file).read_text) if entry.ca_file else ""
+        ca = await asyncio.to_thread(_read_ca, source, Path(entry.ca_file)) if entry.ca_file else ""
         credential = await credentials.get(user, source, entry)
         table[name] = Provider(entry.kind, entry.base_url, credential, ca)
     return table
+
+
+def _read_ca(name: str, path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CortexError(
+            Code.BAD_CONFIG,
+            f"the CA bundle of provider {name} cannot be read",
+            cause=error if isinstance(error, OSError) else "it is not text",
+            hint=f"put a PEM bundle into gateway.providers.{name}.ca_file",
+        ) from error
 
 
 def egress_for(config: Config, user: SandboxConfig) -> Egress:

@@ -158,25 +158,36 @@ class Registry:
     async def delete(self, user: str, workspace: str) -> None:
         """Stops it and erases its row, home and journal."""
         async with _Turn(self._turns, (user, workspace)):
-            session = await self._load(user, workspace)
-            if session is None:
+            session = self.held(user, workspace)
+            if session is not None:
+                await session.retire()
+            elif await self._runtime.store.get(user, workspace) is None:
                 raise _no_session(user, workspace)
-            await session.stop()
-            await self._runtime.slots.erase_home(home_key(user, workspace))
-            await self._runtime.store.delete(user, workspace)
-            await self._drop(session)
+            try:
+                await self._runtime.slots.erase_home(home_key(user, workspace))
+                await self._runtime.store.delete(user, workspace)
+            finally:
+                if session is not None:
+                    await self._drop(session)
 
     async def erase_user(self, user: str) -> int:
-        """Erases all sessions of a user."""
+        """Erases all sessions of a user. One that cannot be erased keeps none of the others."""
         rows = await self._runtime.store.of_user(user)
+        failed: list[CortexError] = []
         for row in rows:
-            await self.delete(user, row.workspace)
+            try:
+                await self.delete(user, row.workspace)
+            except CortexError as error:
+                if error.code is not Code.NO_SESSION:
+                    failed.append(error)
+        if failed:
+            raise failed[0]
         return len(rows)
 
     async def config_changed(self, user: str, section: str) -> Sequence[Applied]:
-        """Has every held session of the user apply its configuration."""
+        """Has every held session of the user apply its configuration, all at once."""
         sessions = [session for (owner, _), session in self._sessions.items() if owner == user]
-        return [await session.config_changed(section) for session in sessions]
+        return await asyncio.gather(*(session.config_changed(section) for session in sessions))
 
     def settings_reloaded(self) -> None:
         """config.toml changed: what runs assembles anew, soon."""
@@ -184,12 +195,25 @@ class Registry:
             session.settings_changed()
 
     async def adopt(self, adopted: Adopted) -> None:
-        """Takes over a sandbox that outlived the last broker. Raises ``CortexError``."""
+        """Takes over a sandbox that outlived the last broker. Raises ``CortexError``; it is put away then."""
         record = adopted.record
-        async with _Turn(self._turns, (record.user, record.workspace)):
-            session = await self._load(record.user, record.workspace)
-        if session is None:
-            raise _no_session(record.user, record.workspace)
+        box: Sandbox | None = None
+        try:
+            async with _Turn(self._turns, (record.user, record.workspace)):
+                session = await self._load(record.user, record.workspace)
+            if session is None:
+                raise _no_session(record.user, record.workspace)
+            box = self._place(adopted, session)
+            await session.adopt(box)
+        except CortexError:
+            if box is not None:
+                await box.put_away(grace_s=self._runtime.config().sandbox.stop_timeout_s)
+            else:
+                await self._put_away(adopted)
+            raise
+
+    def _place(self, adopted: Adopted, session: Session) -> Sandbox:
+        record = adopted.record
         box: Sandbox | None = None
         box = place(
             self._runtime,
@@ -204,7 +228,19 @@ class Registry:
             on_lost=lambda reason: session.on_lost(box, reason) if box else None,
         )
         box.ref = adopted.found.ref
-        await session.adopt(box)
+        return box
+
+    async def _put_away(self, adopted: Adopted) -> None:
+        """Ends a sandbox that no session can have; its home goes to rest."""
+        runtime, slot = self._runtime, adopted.slot.id
+        await runtime.driver.remove(adopted.found.ref)
+        try:
+            await runtime.gateway.drop_slot(slot)
+        except CortexError as error:
+            log.warning("gateway_drop_failed", slot=slot, error=str(error))
+        runtime.slots.release_home(slot, home_key(adopted.record.user, adopted.record.workspace))
+        await runtime.slots.remove(slot)
+        await runtime.store.sandbox_delete(slot)
 
     async def _look_after(self) -> None:
         while True:
@@ -230,8 +266,7 @@ class Registry:
         """Lets go of all sessions; their sandboxes go on."""
         self._closing.set()
         await self._tasks.close()
-        for session in list(self._sessions.values()):
-            await self._drop(session)
+        await asyncio.gather(*(self._drop(session) for session in list(self._sessions.values())))
 
     def states(self) -> dict[str, int]:
         """How many held sessions are in each state."""
@@ -271,7 +306,8 @@ def _stored_view(row: SessionRow) -> dict[str, Any]:
         "user": row.user,
         "workspace": row.workspace,
         "agent": row.agent,
-        "state": row.state,
+        # What is not in memory does not run, whatever it did when the last broker died.
+        "state": row.state if row.state == "failed" else "stopped",
         "reason": row.reason,
         "clients": 0,
         "generation": row.generation,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import structlog
@@ -18,13 +18,13 @@ from broker.config import Config
 from broker.errors import Code, CortexError
 from broker.gateway.link import GatewayLink
 from broker.metrics import STATE_WRITES
-from broker.sandbox.driver import EGRESS_PORT, GATEWAY_PORT, HOME_DIR, SandboxDriver, SandboxSpec
+from broker.sandbox.driver import EGRESS_PORT, GATEWAY_PORT, HOME_DIR, Exit, SandboxDriver, SandboxSpec
 from broker.sandbox.journal_files import JournalFiles
 from broker.sandbox.link import Link, SlotSockets
 from broker.sandbox.packages import PackageShelf
 from broker.sandbox.slots import Slot, Slots
 from broker.session.assembly import Assembled, Assembler
-from broker.session.fingerprint import changed
+from broker.session.fingerprint import changed, fingerprint
 from broker.session.parts import BOUND, KINDS, Wanted
 from broker.session.providers import Credentials, egress_for, providers_for
 from broker.store.sessions import SandboxRow, SessionStore
@@ -83,6 +83,8 @@ class Sandbox:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     """Set on a change of the agent's state; look at ``status``."""
     status: Status | None = None
+    lost: str = ""
+    """Why the link to its agent server is gone for good."""
 
     # -- what the agent server says ------------------------------------------------------------
 
@@ -92,12 +94,32 @@ class Sandbox:
         self.ready.set()
         self.on_status(status)
 
+    def lose(self, reason: str) -> None:
+        """The link is gone for good."""
+        self.lost = reason or "lost"
+        self.ready.set()
+
+    @property
+    def failed(self) -> CortexError | None:
+        """Why it can serve nobody, as far as it was heard."""
+        if self.lost:
+            return CortexError(
+                Code.SANDBOX_DIED, "the sandbox was lost", cause=self.lost[:400], hint="try again: it is replaced"
+            )
+        status = self.status
+        if status is None or status.agent != "failed":
+            return None
+        return CortexError(
+            Code.AGENT_MISSING if status.code == Code.AGENT_MISSING.slug else Code.AGENT_FAILED,
+            status.what[:400] or "the agent does not start",
+            hint=status.hint[:400] or "see the agent's last words in the session's reason",
+        )
+
     async def welcome(self, link: Link, hello: Hello) -> Welcome:
         """The answer to a Hello; durable before it is given, so that it is given once."""
         self.applied = dict(hello.applied)
         if hello.agent_info or hello.agent == "failed":
-            self.status = Status(agent=hello.agent, agent_info=hello.agent_info, open_turns=hello.open_turns)
-            self.ready.set()
+            self.heard(Status(agent=hello.agent, agent_info=hello.agent_info, open_turns=hello.open_turns))
         fresh = await self.runtime.store.sandbox_welcomed(self.slot.id, self.incarnation)
         config = self.runtime.config()
         spec = self.wanted.agent if fresh and self.wanted else None
@@ -119,18 +141,17 @@ class Sandbox:
         )
 
     async def agent_ready(self) -> None:
-        """Returns when the agent's initialize answer is held. Raises ``AGENT_MISSING`` or ``AGENT_FAILED``."""
+        """Returns when the agent's initialize answer is held.
+
+        Raises ``AGENT_MISSING``, ``AGENT_FAILED``, or ``SANDBOX_DIED`` when the link is lost meanwhile.
+        """
         while True:
+            failed = self.failed
+            if failed is not None:
+                raise failed
             status = self.status
             if status is not None and status.agent == "ready" and status.agent_info:
                 return
-            if status is not None and status.agent == "failed":
-                code = Code.AGENT_MISSING if status.code == Code.AGENT_MISSING.slug else Code.AGENT_FAILED
-                raise CortexError(
-                    code,
-                    status.what[:400] or "the agent does not start",
-                    hint=status.hint[:400] or "see the agent's last words in the session's reason",
-                )
             self.ready.clear()
             await self.ready.wait()
 
@@ -156,22 +177,20 @@ class Sandbox:
         self.applied = dict(bound.applied)
         return bound
 
-    async def tell_gateway(self, assembled: Assembled, wanted: Wanted) -> bool:
+    async def tell_gateway(self, assembled: Assembled) -> bool:
         """Says whose the slot is and what it may reach; False when the gateway knows that already."""
-        if self.gateway_hash == wanted.hashes["gateway"]:
-            return False
         config = self.runtime.config()
         providers = await providers_for(config, self.runtime.credentials, self.user, assembled.config.providers)
+        egress = egress_for(config, assembled.config)
+        told = {"providers": {name: asdict(entry) for name, entry in providers.items()}, "egress": asdict(egress)}
+        digest = fingerprint(self.runtime.installation_key, "gateway", told)
+        if self.gateway_hash == digest:
+            return False
         identity = {"user": self.user, "workspace": self.workspace, "session": self.session_id}
         await self.runtime.gateway.put_slot(
-            self.slot.id,
-            self.incarnation,
-            identity,
-            providers,
-            egress_for(config, assembled.config),
-            self.sockets.fds,
+            self.slot.id, self.incarnation, identity, providers, egress, self.sockets.fds
         )
-        self.gateway_hash = wanted.hashes["gateway"]
+        self.gateway_hash = digest
         return True
 
     # -- the engine ----------------------------------------------------------------------------
@@ -218,27 +237,47 @@ class Sandbox:
         )
 
     async def put_away(self, *, grace_s: float) -> None:
-        """Ends the sandbox and takes all of it apart, the home to rest. Idempotent.
+        """Ends the sandbox and takes all of it apart, the home to rest. Idempotent; may be repeated.
 
+        Raises ``CortexError`` when something cannot be let go of. A sandbox that the engine does not end
+        keeps the home, is out of reach of clients and gateway, and is the caller's to put away again.
         A gateway that does not answer cannot keep a home in: its listeners are closed here and it is
         told again when it comes back.
         """
         await self.link.stop(grace_s)
         await self.link.close("the sandbox is stopped")
-        if self.asked and not self.ref:
-            mine = [found.ref for found in await self.runtime.driver.list() if found.slot == self.slot.id]
-            self.ref = mine[0] if mine else ""
-        if self.ref:
-            await self.runtime.driver.stop(self.ref, grace_s)
-            await self.runtime.driver.remove(self.ref)
+        try:
+            await self._end(grace_s)
+        except CortexError:
+            await self._cut_off()
+            raise
+        await self._cut_off()
+        self.runtime.slots.release_home(self.slot.id, self.home_key)
+        await self.runtime.slots.remove(self.slot.id)
+        await self.runtime.store.sandbox_delete(self.slot.id)
+
+    async def _end(self, grace_s: float) -> None:
+        """Returns when no process of it lives."""
+        driver = self.runtime.driver
+        refs = {self.ref} - {""}
+        if self.asked and not refs:
+            # The engine may have made one that it could not tell of any more.
+            refs = {found.ref for found in await driver.list() if found.slot == self.slot.id}
+        for ref in refs:
+            await driver.stop(ref, grace_s)
+            await driver.remove(ref)
+
+    async def _cut_off(self) -> None:
         try:
             await self.runtime.gateway.drop_slot(self.slot.id)
         except CortexError as error:
             log.warning("gateway_drop_failed", slot=self.slot.id, error=str(error))
         self.sockets.close()
-        self.runtime.slots.release_home(self.slot.id, self.home_key)
-        await self.runtime.slots.remove(self.slot.id)
-        await self.runtime.store.sandbox_delete(self.slot.id)
+
+    async def let_go(self) -> None:
+        """Closes the broker's ends; the sandbox goes on and is adopted by the next broker."""
+        await self.link.close("the broker is restarting")
+        self.sockets.close()
 
     def facts(self) -> dict[str, Any]:
         """For operators."""
@@ -268,6 +307,8 @@ def place(
     on_lost: Callable[[str], None],
 ) -> Sandbox:
     """Opens the slot's sockets and a link on them; nothing runs yet. Raises ``CortexError``."""
+    config = runtime.config().session
+    journal = JournalFiles(runtime.slots.journal_dir(home_key), keep=config.journal_segments)
     sockets = SlotSockets(slot, gid=runtime.slots.gid)
     sockets.open()
     box: Sandbox | None = None
@@ -280,17 +321,28 @@ def place(
         if box is not None:
             box.heard(status)
 
-    config = runtime.config().session
+    def lost(reason: str) -> None:
+        if box is not None:
+            box.lose(reason)
+        on_lost(reason)
+
     link = Link(
         sockets,
         incarnation,
         installation_key=runtime.installation_key,
         on_hello=welcome,
         on_status=heard,
-        on_lost=on_lost,
-        journal=JournalFiles(runtime.slots.journal_dir(home_key), keep=config.journal_segments),
+        on_lost=lost,
+        journal=journal,
         welcomed=welcomed,
     )
     box = Sandbox(runtime, user, workspace, session_id, home_key, slot, incarnation, sockets, link, on_status)
     link.start()
     return box
+
+
+def how_ended(exit_: Exit) -> str:
+    """For people."""
+    if exit_.oom:
+        return "ran out of memory"
+    return "ended" if exit_.code is None else f"ended with code {exit_.code}"

@@ -20,11 +20,13 @@ import structlog
 from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
 from broker.metrics import CONFIG_ASSEMBLY, SESSIONS
-from broker.session.assembly import Assembled
-from broker.session.bringup import BringUp, Prepared, Subject, prepare
+from broker.session.bringup import BringUp, Prepared, Subject
 from broker.session.clients import Clients
+from broker.session.configuration import Configuration
+from broker.session.custody import Custody
+from broker.session.mailbox import Mailbox, crashed
 from broker.session.port import Applied, AttachedClient, State
-from broker.session.sandbox import Runtime, Sandbox
+from broker.session.sandbox import Runtime, Sandbox, how_ended
 from broker.session.state import Event, advance, allowed, wants_bringup
 from broker.session.timeline import Timeline
 from broker.store.sessions import SessionRow
@@ -32,10 +34,10 @@ from sandbox_agent.wire.messages import Attach, Status
 
 log = structlog.get_logger(__name__)
 
-MAILBOX = 256
-RESERVED = 64
-"""Places in the mailbox that only the session's own events may take."""
-Command = Callable[[], Awaitable[None]]
+CANCEL_S = 10.0
+"""Longest that a cancelled bring-up may take to let go."""
+SLACK_S = 5.0
+"""What whoever waits for a bring-up gives it beyond its own deadline, so that its own error is told."""
 
 
 class Session:
@@ -46,6 +48,7 @@ class Session:
         self.user = row.user
         self.workspace = row.workspace
         self.agent = row.agent
+        self._protocol = runtime.config().agents[row.agent].protocol
         self._runtime = runtime
         self._clock = clock
         self._row = row
@@ -53,33 +56,36 @@ class Session:
         self._reason = row.reason
         self._error: CortexError | None = None
         self._clients = Clients(lambda: runtime.config().front.max_clients_per_session)
-        self._mailbox: asyncio.Queue[Command] = asyncio.Queue(MAILBOX)
+        self._mailbox = Mailbox(row.id, lambda error: self._fail(crashed(error)))
         self._tasks = TaskOwner(f"session.{row.id}")
         self._changed = asyncio.Event()
-        self._box: Sandbox | None = None
+        self._custody = Custody(row.id, lambda: runtime.config().sandbox.stop_timeout_s)
+        self._bringup: BringUp | None = None
         self._work: asyncio.Task[None] | None = None
-        self._assembled: Assembled | None = None
-        self._warnings: tuple[str, ...] = ()
-        self._generation = row.generation
-        self._assembled_generation = -1
-        self._assembled_at = 0.0
-        self._refreshing = False
+        self._watching: asyncio.Task[None] | None = None
         self._waking = False
+        self._retired = False
+        self._closed = False
         self._timelines: deque[Timeline] = deque(maxlen=runtime.config().session.timeline_length)
         self.idle_since = clock()
-        if row.config is not None:
-            self._assembled = runtime.assembler.restore(row.config)
-            self._assembled_at = row.config_at
         self._subject = Subject(
-            self.user, self.workspace, self.id, self.agent, self.on_status, self.on_lost, self._on_package
+            self.user,
+            self.workspace,
+            self.id,
+            self.agent,
+            self.on_status,
+            self.on_lost,
+            self._on_placed,
+            self._on_package,
         )
+        self._configuration = Configuration(runtime, self._subject, row, clock)
         SESSIONS.labels(self._state).inc()
-        self._tasks.start(self._run(), "actor")
+        self._tasks.start(self._mailbox.run(), "actor")
 
     @property
     def protocol(self) -> Literal["acp", "websocket"]:
         """What its agent speaks."""
-        return self._runtime.config().agents[self.agent].protocol
+        return self._protocol
 
     @property
     def state(self) -> State:
@@ -88,18 +94,21 @@ class Session:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs, nobody is attached, nothing waits: it may leave memory."""
-        return self._state in ("stopped", "failed") and not self._clients and self._mailbox.empty()
+        """Nothing runs or is left to put away, nobody is attached, nothing waits: it may leave memory."""
+        at_rest = self._state in ("stopped", "failed") and self._custody.left is None
+        return at_rest and not self._clients and self._mailbox.idle
 
     # -- the warm path -------------------------------------------------------------------------
 
     def attach(self, client: AttachedClient) -> None:
         """Counts the client in; wakes the session when it sleeps. Raises ``SESSION_BUSY``."""
         self._clients.add(client)
-        if self._state == "ready":
-            self._check_age()
-        else:
+        if self._state != "ready":
             self.wake()
+        elif self._configuration.old:
+            self._apply_soon()
+        else:
+            CONFIG_ASSEMBLY.labels("hit").inc()
 
     def detach(self, client: AttachedClient) -> None:
         """Counts it out; the agent goes on."""
@@ -108,7 +117,7 @@ class Session:
 
     async def open_stream(self, attach: Attach) -> socket.socket:
         """A stream of the agent server. On a ready session nothing is waited for."""
-        expected = "acp" if self.protocol == "acp" else "raw"
+        expected = "acp" if self._protocol == "acp" else "raw"
         if attach.protocol != expected:
             raise CortexError(
                 Code.WRONG_PROTOCOL,
@@ -117,32 +126,37 @@ class Session:
             )
         if self._state != "ready":
             await self.wait_ready()
-        box = self._box
+        box = self._custody.box
         if box is None:
             raise self._not_running()
-        return await box.link.take_stream(attach)
+        try:
+            return await box.link.take_stream(attach)
+        except CortexError as error:
+            if error.code is Code.BRINGUP_TIMEOUT:
+                self._without_streams(box)
+            raise
 
     async def wait_ready(self) -> None:
-        """Wakes the session and waits, ``bringup_timeout_s`` at most."""
-        limit = self._runtime.config().session.bringup_timeout_s
+        """Wakes the session and waits for what comes of it: as long as a bring-up may take, at most."""
+        config = self._runtime.config()
+        limit = config.session.bringup_timeout_s + config.sandbox.stop_timeout_s + SLACK_S
         try:
             async with asyncio.timeout(limit):
-                await self._leave("stopping")
-                if wants_bringup(self._state):
-                    await self._ask(self._begin)
-                await self._leave("starting")
+                await self._until(lambda: self._state != "stopping")
+                self.wake()
+                await self._until(lambda: self._state != "starting" and not self._waking)
         except TimeoutError as error:
             raise CortexError(
                 Code.BRINGUP_TIMEOUT,
                 f"the session was not ready in {limit:g} s",
                 hint="try again; look at the session's timeline",
             ) from error
-        if self._state != "ready":
+        if self._state != "ready" or self._closed:
             raise self._error or self._not_running()
 
-    async def _leave(self, state: State) -> None:
-        """Returns when the session is in another state; the caller has a deadline."""
-        while self._state == state:
+    async def _until(self, reached: Callable[[], bool]) -> None:
+        """Returns when the session is as wished, or has left memory; the caller has a deadline."""
+        while not reached() and not self._closed:
             self._changed.clear()
             await self._changed.wait()
 
@@ -155,273 +169,267 @@ class Session:
 
     # -- commands ------------------------------------------------------------------------------
 
-    def _post(self, command: Command) -> None:
-        """An event of the session's own. Those that come often are coalesced, so the bound holds."""
-        self._mailbox.put_nowait(command)
-
-    async def _ask(self, work: Callable[[], Awaitable[Any]]) -> Any:
-        """Has the actor do ``work`` and returns what it gives. Raises ``MAILBOX_FULL``."""
-        if self._mailbox.qsize() >= MAILBOX - RESERVED:
-            raise CortexError(Code.MAILBOX_FULL, "the session has too much to do", hint="try again in a few seconds")
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-        async def command() -> None:
-            try:
-                result = await work()
-            except CortexError as error:
-                if not answer.done():
-                    answer.set_exception(error)
-            else:
-                if not answer.done():
-                    answer.set_result(result)
-
-        self._post(command)
-        return await answer
-
     def wake(self) -> None:
         """Starts a bring-up when nothing runs; waits for nothing."""
-        if wants_bringup(self._state) and not self._waking:
+        if wants_bringup(self._state) and not (self._waking or self._retired or self._closed):
             self._waking = True
-            self._post(self._begin)
+            self._mailbox.post(self._begin)
 
     def settings_changed(self) -> None:
         """config.toml is another one now."""
-        self._generation += 1
+        self._configuration.changed()
         self._apply_soon()
 
     async def stop(self) -> None:
-        """Stops the sandbox; home, journal and row stay."""
+        """Stops the sandbox; home, journal and row stay. Raises when the sandbox cannot be put away."""
         stopped = CortexError(Code.SESSION_STOPPED, "the session was stopped", hint="connect again to start it")
-        await self._ask(lambda: self._stop(stopped))
+        await self._mailbox.ask(lambda: self._stop(stopped))
+
+    async def retire(self) -> None:
+        """Stops it for good: nothing starts it again in this object. Raises as ``stop``; nothing is changed then."""
+        gone = CortexError(Code.NO_SESSION, "the session was deleted", hint="create it again")
+        self._retired = True
+        try:
+            await self._mailbox.ask(lambda: self._stop(gone))
+        except BaseException:
+            self._retired = False
+            raise
+        self._error = gone
 
     async def config_changed(self, section: str) -> Applied:
         """Assembles anew and binds what differs; returns when the sandbox has acknowledged."""
-        self._generation += 1
-        async with asyncio.timeout(self._runtime.config().session.bringup_timeout_s):
-            await self._leave("starting")
-        result: Applied = await self._ask(self._apply)
+        self._configuration.changed()
+        settings = self._runtime.config().session
+        limit = settings.bringup_timeout_s + settings.bind_timeout_s + SLACK_S
+        try:
+            async with asyncio.timeout(limit):
+                await self._until(lambda: self._state != "starting")
+                result: Applied = await self._mailbox.ask(self._apply)
+        except (TimeoutError, CortexError) as error:
+            failed = error if isinstance(error, CortexError) else _too_busy(limit)
+            return Applied(self.user, self.workspace, "failed", {}, failed.problem())
         return result
-
-    async def _run(self) -> None:
-        while True:
-            command = await self._mailbox.get()
-            try:
-                await command()
-            except CortexError as error:
-                log.warning("session_command_failed", session=self.id, error=str(error), hint=error.hint)
-            except Exception as error:
-                log.exception("session_command_crashed", session=self.id)
-                await self._fail(
-                    CortexError(Code.INTERNAL, "the broker made a mistake", cause=error, hint="see the broker's log")
-                )
 
     # -- bring-up ------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
         """Starts a bring-up unless one runs."""
-        self._waking = False
-        if not wants_bringup(self._state):
-            return
-        self._error = None
-        incarnation = self._row.incarnation + 1
-        await self._move(Event.WANTED, "", incarnation=incarnation)
-        timeline = Timeline(self._runtime.driver.name)
-        self._timelines.appendleft(timeline)
-        bringup = BringUp(self._runtime, self._subject, timeline)
-        self._work = self._tasks.start(self._bring_up(bringup, incarnation), "bringup")
-
-    async def _bring_up(self, bringup: BringUp, incarnation: int) -> None:
-        generation = self._generation
         try:
-            prepared = await bringup.run(incarnation, generation, self._assembled)
+            if not wants_bringup(self._state) or self._retired:
+                return
+            self._error = None
+            await self._move(Event.WANTED, "", incarnation=self._row.incarnation + 1)
+        finally:
+            self._waking = False
+            self._changed.set()
+        bringup = self._new_bringup("cold")
+        self._work = self._tasks.start(self._bring_up(bringup, lambda: self._start(bringup)), "bringup")
+
+    def _new_bringup(self, path: str) -> BringUp:
+        timeline = Timeline(self._runtime.driver.name, path=path)
+        self._timelines.appendleft(timeline)
+        self._bringup = BringUp(self._runtime, self._subject, timeline)
+        return self._bringup
+
+    async def _start(self, bringup: BringUp) -> Prepared:
+        if self._custody.left is not None:
+            with bringup.timeline.stage("put_away"):
+                await self._custody.tidy()
+        configuration = self._configuration
+        return await bringup.run(self._row.incarnation, configuration.generation, configuration.assembled)
+
+    async def _bring_up(self, bringup: BringUp, work: Callable[[], Awaitable[Prepared]]) -> None:
+        """Does the work beside the actor and posts how it ended."""
+        generation = self._configuration.generation
+        try:
+            prepared = await work()
         except CortexError as error:
             failed = error
         except OSError as error:
             failed = CortexError(
                 Code.STORE_ERROR, "the host refused a step of the bring-up", cause=error, hint="run `cortex doctor`"
             )
+        except Exception as error:
+            log.exception("bringup_crashed", session=self.id)
+            failed = crashed(error)
         else:
-            box = bringup.sandbox
-            assert box is not None
-            self._post(lambda: self._brought_up(box, prepared, generation, bringup.timeline))
+            self._mailbox.post(lambda: self._brought_up(bringup, prepared, generation))
             return
-        finally:
-            self._box = bringup.sandbox
         bringup.timeline.finish(failed.code.slug)
-        self._post(lambda: self._fail(failed))
+        self._mailbox.post(lambda: self._not_brought_up(bringup, failed))
 
-    async def _brought_up(self, box: Sandbox, prepared: Prepared, generation: int, timeline: Timeline) -> None:
-        if box is not self._box or self._state != "starting":
+    def _on_placed(self, box: Sandbox) -> None:
+        self._custody.box = box
+
+    async def _brought_up(self, bringup: BringUp, prepared: Prepared, generation: int) -> None:
+        box = bringup.sandbox
+        if bringup is not self._bringup or self._state != "starting" or box is None:
             return
-        self._keep(prepared, generation)
-        await self._move(Event.READY, "", config=prepared.assembled.dump(), config_at=self._assembled_at)
-        timeline.finish("ready")
-        log.info("session_ready", session=self.id, agent=self.agent, ms=round(timeline.total * 1000, 1))
-        self._tasks.start(self._watch(box), "watch")
-        if self._generation != generation:
+        if box.failed is not None:
+            bringup.timeline.finish(box.failed.code.slug)
+            await self._fail(box.failed)
+            return
+        configuration = self._configuration
+        configuration.keep(prepared, generation)
+        await self._move(
+            Event.READY, "", config=prepared.assembled.dump(), config_at=configuration.assembled_at, slot=box.slot.id
+        )
+        bringup.timeline.finish("ready")
+        log.info("session_ready", session=self.id, agent=self.agent, ms=round(bringup.timeline.total * 1000, 1))
+        self._watching = self._tasks.start(self._watch(box), "watch")
+        if configuration.dirty:
             self._apply_soon()
 
-    def _keep(self, prepared: Prepared, generation: int) -> None:
-        self._assembled = prepared.assembled
-        self._warnings = prepared.warnings
-        self._assembled_generation = generation
-        self._assembled_at = self._clock()
-        CONFIG_ASSEMBLY.labels("assembled").inc()
+    async def _not_brought_up(self, bringup: BringUp, error: CortexError) -> None:
+        if bringup is self._bringup:
+            await self._fail(error)
 
     async def _watch(self, box: Sandbox) -> None:
         """The sandbox's end is an event like any other."""
-        exit_ = await self._runtime.driver.wait(box.ref)
-        why = "ran out of memory" if exit_.oom else f"ended with code {exit_.code}"
-        self._post(lambda: self._lose(box, f"the sandbox {why}"))
+        try:
+            exit_ = await self._runtime.driver.wait(box.ref)
+        except CortexError as error:
+            # Its link ends too, a little later.
+            log.warning("sandbox_not_watched", session=self.id, slot=box.slot.id, error=str(error))
+        else:
+            self._mailbox.post(lambda: self._lose(box, f"the sandbox {how_ended(exit_)}"))
 
     async def adopt(self, box: Sandbox) -> None:
         """Takes over a sandbox that outlived the last broker; ready when its agent server has redialled."""
-        await self._ask(lambda: self._adopt(box))
+        await self._mailbox.ask(lambda: self._adopt(box))
 
     async def _adopt(self, box: Sandbox) -> None:
-        timeline = Timeline(self._runtime.driver.name, path="adopted")
-        self._timelines.appendleft(timeline)
-        self._box = box
+        if self._custody.left is not None or self._custody.box is not None or not allowed(self._state, Event.ADOPTED):
+            raise CortexError(
+                Code.SESSION_CONFLICT, "the session has another sandbox", hint="stop the session to have a new one"
+            )
+        self._custody.box = box
         await self._move(Event.ADOPTED, "adopted after a restart of the broker", incarnation=box.incarnation)
-        self._work = self._tasks.start(self._readopt(box, timeline), "adopt")
-
-    async def _readopt(self, box: Sandbox, timeline: Timeline) -> None:
-        generation = self._generation
-        try:
-            with timeline.stage("hello"):
-                await box.link.wait_hello(self._runtime.config().sandbox.hello_timeout_s)
-            with timeline.stage("assemble"):
-                assembled = await self._runtime.assembler.assemble(self.user, self._assembled)
-            prepared = await prepare(self._runtime, self._subject, assembled, self._runtime.home_of(box.slot))
-            await box.tell_gateway(assembled, prepared.wanted)
-            with timeline.stage("bind"):
-                await box.bind(prepared.wanted, generation)
-            with timeline.stage("agent"):
-                await box.agent_ready()
-        except CortexError as failed:
-            error = failed
-            timeline.finish(error.code.slug)
-            self._post(lambda: self._lose(box, str(error)))
-            return
-        box.boot_hash = prepared.wanted.hashes["boot"]
-        self._post(lambda: self._brought_up(box, prepared, generation, timeline))
+        bringup = self._new_bringup("adopted")
+        configuration = self._configuration
+        self._work = self._tasks.start(
+            self._bring_up(bringup, lambda: bringup.readopt(box, configuration.generation, configuration.assembled)),
+            "adopt",
+        )
 
     # -- configuration -------------------------------------------------------------------------
 
     def _apply_soon(self) -> None:
         """Coalesced: however often it is called before the actor comes to it, it is done once."""
-        if not self._refreshing:
-            self._refreshing = True
-            self._post(self._refresh)
-
-    async def _apply(self) -> Applied:
-        """Assembles and sends what differs to a running sandbox; one that is starting applies it when it is up."""
-        box = self._box
-        if self._state != "ready" or box is None:
-            return Applied(self.user, self.workspace, "stored", {})
-        generation = self._generation
-        try:
-            assembled = await self._runtime.assembler.assemble(self.user, self._assembled)
-            prepared = await prepare(self._runtime, self._subject, assembled, self._runtime.home_of(box.slot))
-            effect = await self._send(box, prepared, generation)
-        except CortexError as error:
-            self._warnings = (str(error),)
-            return Applied(self.user, self.workspace, "failed", {}, error.problem())
-        self._keep(prepared, generation)
-        await self._save(config=assembled.dump(), config_at=self._assembled_at, generation=self._generation)
-        return Applied(self.user, self.workspace, "applied", effect)
-
-    async def _send(self, box: Sandbox, prepared: Prepared, generation: int) -> dict[str, str]:
-        """Tells gateway and agent server what differs; client frames wait meanwhile, bounded."""
-        effect = {}
-        if await box.tell_gateway(prepared.assembled, prepared.wanted):
-            effect["gateway"] = "now"
-        if prepared.wanted.hashes["boot"] != box.boot_hash:
-            effect["boot"] = "next_start"
-        if box.differing(prepared.wanted):
-            with self._clients.held(self._runtime.config().session.bind_hold_s):
-                bound = await box.bind(prepared.wanted, generation)
-            if bound is not None:
-                effect |= bound.effect
-        else:
-            await box.bind(prepared.wanted, generation)
-        return effect
-
-    def _check_age(self) -> None:
-        """A cache that has grown old is refreshed behind everybody's back."""
-        if self._clock() - self._assembled_at < self._runtime.config().session.config_max_age_s:
-            CONFIG_ASSEMBLY.labels("hit").inc()
-        else:
-            self._apply_soon()
+        self._mailbox.post_once("apply", self._refresh)
 
     async def _refresh(self) -> None:
-        self._refreshing = False
-        await self._apply()
+        applied = await self._apply()
+        if applied.error is not None:
+            log.warning("config_not_applied", session=self.id, error=applied.error)
+
+    async def _apply(self) -> Applied:
+        """Sends what differs to a running sandbox; one that is starting applies it when it is up."""
+        box, configuration = self._custody.box, self._configuration
+        if self._state != "ready" or box is None:
+            return Applied(self.user, self.workspace, "stored", {})
+        try:
+            effect = await configuration.apply(box, self._clients)
+        except CortexError as error:
+            configuration.warnings = (str(error),)
+            return Applied(self.user, self.workspace, "failed", {}, error.problem())
+        assert configuration.assembled is not None
+        await self._save(config=configuration.assembled.dump(), config_at=configuration.assembled_at)
+        return Applied(self.user, self.workspace, "applied", effect)
 
     def tick(self) -> None:
-        """Called now and then by the registry: keeps the configuration of a session in use fresh."""
-        if self._state == "ready" and self._clients:
-            self._check_age()
+        """Called now and then by the registry: mends what is left over and keeps a session in use fresh."""
+        configuration = self._configuration
+        if self._state == "ready" and (configuration.dirty or (self._clients and configuration.old)):
+            self._apply_soon()
+        elif self._custody.left is not None and wants_bringup(self._state):
+            self._mailbox.post_once("tidy", self._tidy_at_rest)
 
     # -- ends ----------------------------------------------------------------------------------
 
     def on_status(self, status: Status) -> None:
         """The agent server of its sandbox says how it is."""
-        self._changed.set()
-        if status.agent == "failed" and self._state == "ready" and self._box is not None:
-            box = self._box
-            self._post(lambda: self._lose(box, status.what or "the agent failed", Code.AGENT_FAILED))
+        if status.agent == "failed" and self._state == "ready" and self._custody.box is not None:
+            self._lose_soon(self._custody.box, status.what or "the agent failed", Code.AGENT_FAILED)
 
     def on_lost(self, box: Sandbox, reason: str) -> None:
         """The link to its sandbox is gone for good."""
-        self._post(lambda: self._lose(box, reason))
+        self._lose_soon(box, reason, Code.SANDBOX_DIED)
+
+    def _without_streams(self, box: Sandbox) -> None:
+        """A client got no stream: a sandbox that serves nobody is not ready, unless it is only busy with a turn."""
+        if box.status is None or box.status.open_turns == 0:
+            self._lose_soon(box, "its agent server offers no stream to clients", Code.SANDBOX_DIED)
+
+    def _lose_soon(self, box: Sandbox, reason: str, code: Code) -> None:
+        self._mailbox.post_once(f"lose.{box.incarnation}", lambda: self._lose(box, reason, code))
 
     def _on_package(self, spec: str, error: CortexError | None) -> None:
-        log.info("package_ready" if error is None else "package_failed", session=self.id, spec=spec, error=str(error))
-        self._generation += 1
+        told = str(error) if error is not None else ""
+        log.info("package_failed" if told else "package_ready", session=self.id, spec=spec, error=told)
+        self._configuration.changed()
         self._apply_soon()
 
     async def _lose(self, box: Sandbox, reason: str, code: Code = Code.SANDBOX_DIED) -> None:
-        """Its sandbox is dead or out of reach: put it away; the next client starts a new one."""
-        if box is not self._box or self._state not in ("ready", "starting", "paused"):
+        """Its sandbox is dead or out of reach: put it away; the next client starts a new one.
+
+        A bring-up notices by itself, and says more.
+        """
+        if box is not self._custody.box or self._state not in ("ready", "paused"):
             return
         log.warning("sandbox_lost", session=self.id, slot=box.slot.id, reason=reason)
         await self._stop(CortexError(code, reason[:400], hint="connect again: the session starts anew"))
 
     async def _stop(self, why: CortexError) -> None:
-        if self._state == "stopped" or not allowed(self._state, Event.STOP):
+        if (self._state == "stopped" and self._custody.left is None) or not allowed(self._state, Event.STOP):
             return
-        await self._cancel_work()
-        self._error = why
-        await self._move(Event.STOP, str(why))
-        self._clients.close(why.code.close_code, why.close_reason())
-        await self._put_away()
-        await self._move(Event.STOPPED, str(why))
+        await self._end(why, Event.STOPPED)
 
     async def _fail(self, error: CortexError) -> None:
-        if not allowed(self._state, Event.FAILED):
-            return
-        self._error = error
-        log.warning("session_failed", session=self.id, error=str(error), hint=error.hint)
+        if allowed(self._state, Event.FAILED):
+            log.warning("session_failed", session=self.id, error=str(error), hint=error.hint)
+            await self._end(error, Event.FAILED)
+
+    async def _end(self, why: CortexError, event: Event) -> None:
+        """Whoever waits or is attached hears it first; then the sandbox is put away.
+
+        Raises why that could not be done; the session has failed then, and it is tried again later.
+        """
+        self._error = why
+        reason = str(why)[:1000]
+        was_ready = self._state in ("ready", "paused")
         await self._cancel_work()
-        await self._put_away()
-        await self._move(Event.FAILED, str(error)[:1000])
+        if allowed(self._state, Event.STOP):
+            await self._move(Event.STOP, reason)
+        if was_ready or event is Event.STOPPED:
+            self._clients.close(why.code.close_code, why.close_reason())
+        left = await self._custody.put_away()
+        if left is None:
+            await self._move(event, reason, slot="")
+            return
+        await self._move(
+            Event.FAILED, f"{reason}; its sandbox could not be put away yet, it is tried again: {left}"[:1500]
+        )
+        if event is Event.STOPPED:
+            raise left
 
     async def _cancel_work(self) -> None:
-        if self._work is not None and not self._work.done():
-            self._work.cancel()
-            await asyncio.wait((self._work,))
-        self._work = None
+        work, self._work = self._work, None
+        bringup, self._bringup = self._bringup, None
+        if work is not None and not work.done():
+            work.cancel()
+            _, stuck = await asyncio.wait((work,), timeout=CANCEL_S)
+            if stuck:
+                log.error("bringup_stuck", session=self.id)
+        if bringup is not None and bringup.timeline.outcome == "running":
+            bringup.timeline.finish("cancelled")
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
 
-    async def _put_away(self) -> None:
-        box, self._box = self._box, None
-        if box is None:
-            return
-        grace = self._runtime.config().sandbox.stop_timeout_s
-        try:
-            await box.put_away(grace_s=grace)
-        except CortexError as error:
-            log.error("put_away_failed", session=self.id, slot=box.slot.id, error=str(error), hint=error.hint)
+    async def _tidy_at_rest(self) -> None:
+        if wants_bringup(self._state):
+            await self._custody.tidy()
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -433,10 +441,12 @@ class Session:
         self._state = following
         SESSIONS.labels(self._state).inc()
         self._reason = reason
+        self.idle_since = self._clock()
         self._changed.set()
 
     async def _save(self, **fields: Any) -> None:
-        row = replace(self._row, **({"generation": self._generation} | fields), updated_at=self._clock())
+        changed = {"generation": self._configuration.generation, "updated_at": self._clock()}
+        row = replace(self._row, **(changed | fields))
         try:
             await self._runtime.store.save(row)
         except CortexError as error:
@@ -446,20 +456,21 @@ class Session:
 
     def view(self) -> dict[str, Any]:
         """For operators."""
+        assembled = self._configuration.assembled
         return {
             "session": self.id,
             "user": self.user,
             "workspace": self.workspace,
             "agent": self.agent,
-            "protocol": self.protocol,
+            "protocol": self._protocol,
             "state": self._state,
             "reason": self._reason,
             "clients": len(self._clients),
-            "generation": self._generation,
-            "permission_policy": self._assembled.config.settings.permission_policy if self._assembled else "ask",
-            "warnings": list(self._warnings),
-            "origins": dict(self._assembled.origins) if self._assembled else {},
-            "sandbox": self._box.facts() if self._box else None,
+            "generation": self._configuration.generation,
+            "permission_policy": assembled.config.settings.permission_policy if assembled else "ask",
+            "warnings": list(self._configuration.warnings),
+            "origins": dict(assembled.origins) if assembled else {},
+            "sandbox": self._custody.box.facts() if self._custody.box else None,
             "created_at": self._row.created_at,
             "updated_at": self._row.updated_at,
         }
@@ -469,10 +480,20 @@ class Session:
         return [timeline.view() for timeline in self._timelines]
 
     async def close(self) -> None:
-        """Lets go of the session; its sandbox goes on and is adopted by the next broker."""
+        """Lets go of the session; its sandbox goes on and is adopted by the next broker. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         await self._tasks.close()
-        box = self._box
-        if box is not None:
-            await box.link.close("the broker is restarting")
-            box.sockets.close()
+        self._mailbox.close()
+        self._changed.set()
+        await self._custody.let_go()
         SESSIONS.labels(self._state).dec()
+
+
+def _too_busy(limit: float) -> CortexError:
+    return CortexError(
+        Code.BRINGUP_TIMEOUT,
+        f"the session did not come to it within {limit:g} s",
+        hint="the change is stored and applied when it is up",
+    )

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import aiohttp
 
@@ -71,18 +73,21 @@ class FilesSource:
         for section in SECTIONS:
             path = self._directory / user / f"{section}.toml"
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                # Non-blocking, or a FIFO of that name would hold the thread for ever.
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise self._failed(path, error) from error
             try:
                 with os.fdopen(fd, "rb") as file:
+                    if not stat.S_ISREG(os.fstat(fd).st_mode):
+                        raise self._failed(path, "no plain file")
                     text = file.read(MAX_FILE + 1)
                 if len(text) > MAX_FILE:
                     raise self._failed(path, f"larger than {MAX_FILE} bytes")
                 sections[section] = tomllib.loads(text.decode())
-            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
                 raise self._failed(path, error) from error
         return sections
 
@@ -124,18 +129,18 @@ class HttpSource:
         headers = {"Accept": "application/json"}
         if last is not None and last.tag:
             headers["If-None-Match"] = last.tag
-        if settings.config_url_token_file:
-            token = await asyncio.to_thread(Path(settings.config_url_token_file).read_text)
-            headers["Authorization"] = f"Bearer {token.strip()}"
         try:
+            if settings.config_url_token_file:
+                token = await asyncio.to_thread(Path(settings.config_url_token_file).read_text)
+                headers["Authorization"] = f"Bearer {token.strip()}"
             async with self._session.get(
-                f"{settings.config_url.rstrip('/')}/{user}",
+                f"{settings.config_url.rstrip('/')}/{quote(user, safe='')}",
                 headers=headers,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=settings.config_timeout_s),
             ) as response:
                 return await self._answer(response, last)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
             raise _http_failed(f"{type(error).__name__}: {error}") from error
 
     async def _answer(self, response: aiohttp.ClientResponse, last: Answer | None) -> Answer:
