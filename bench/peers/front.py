@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import socket
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import structlog
 import uvloop
 
 from bench.lib import ready
@@ -87,4 +89,6 @@ async def serve(stream: str, port: int) -> None:
 
 
 if __name__ == "__main__":
+    # Nobody reads what is printed after "ready".
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     uvloop.run(serve(sys.argv[1], int(sys.argv[2])))
