@@ -118,7 +118,7 @@ class Sandbox:
     async def welcome(self, link: Link, hello: Hello) -> Welcome:
         """The answer to a Hello; durable before it is given, so that it is given once."""
         self.applied = dict(hello.applied)
-        if hello.agent_info or hello.agent == "failed":
+        if hello.agent in ("ready", "failed"):
             self.heard(Status(agent=hello.agent, agent_info=hello.agent_info, open_turns=hello.open_turns))
         fresh = await self.runtime.store.sandbox_welcomed(self.slot.id, self.incarnation)
         config = self.runtime.config()
@@ -141,7 +141,7 @@ class Sandbox:
         )
 
     async def agent_ready(self) -> None:
-        """Returns when the agent's initialize answer is held.
+        """Returns when the agent's initialize answer is held, or its own WebSocket accepts.
 
         Raises ``AGENT_MISSING``, ``AGENT_FAILED``, or ``SANDBOX_DIED`` when the link is lost meanwhile.
         """
@@ -150,7 +150,7 @@ class Sandbox:
             if failed is not None:
                 raise failed
             status = self.status
-            if status is not None and status.agent == "ready" and status.agent_info:
+            if status is not None and status.agent == "ready":
                 return
             self.ready.clear()
             await self.ready.wait()
