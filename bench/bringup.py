@@ -25,8 +25,8 @@ import websockets
 
 from bench.lib import Report, median, percentile, pss_bytes, target
 from sandbox_agent.wire import codec
-from tests.e2e.conftest import IMAGE, docker_missing, process_config
-from tests.e2e.harness import BrokerProcess, running
+from tests.e2e.conftest import docker_missing, process_config
+from tests.e2e.harness import IMAGE, BrokerProcess, running
 
 ROOT = Path(__file__).parents[1]
 SESSIONS = 100
