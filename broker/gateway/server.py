@@ -77,6 +77,8 @@ class Connection(asyncio.Protocol):
         self.congested = False
         self.touch()
         self._hold_far_side(False)
+        if not self.busy and not self._closing:
+            self._resume()
 
     def data_received(self, data: bytes) -> None:
         self._moved = self._loop.time()
@@ -103,15 +105,16 @@ class Connection(asyncio.Protocol):
         return self._exchange is not None or self._tunnel is not None or self._body is not None
 
     def _advance(self) -> None:
-        """Takes up the next request, if all of its head is there and none is under way."""
-        while self._buffer and not self.busy and not self._closing:
-            end = self._buffer.find(END, 0, self._context.settings.max_head_bytes)
+        """Takes up what requests are there whole, while none is under way and the answers are being read."""
+        limit = self._context.settings.max_head_bytes
+        data, self._buffer, at = self._buffer, b"", 0
+        while at < len(data) and not self.busy and not self._closing and not self.congested:
+            end = data.find(END, at, at + limit)
             if end < 0:
-                if len(self._buffer) >= self._context.settings.max_head_bytes:
-                    self.refuse(_head_too_large(self._context.settings.max_head_bytes), fatal=True)
-                return
-            raw, rest = self._buffer[: end + 4], self._buffer[end + 4 :]
-            self._buffer = b""
+                if len(data) - at >= limit:
+                    self.refuse(_head_too_large(limit), fatal=True)
+                break
+            raw, at = data[at : end + 4], end + 4
             try:
                 head = parse_request(raw)
             except CortexError as error:
@@ -119,13 +122,13 @@ class Connection(asyncio.Protocol):
                 return
             self._begin(head)
             if self._tunnel is not None:
-                if rest:
-                    self._tunnel.from_sandbox(rest)
+                if at < len(data):
+                    self._tunnel.from_sandbox(data[at:])
                 return
-            if rest and self._body is not None:
-                rest = self._take_body(self._body, rest)
-            self._buffer = rest
-        if self.busy and len(self._buffer) > MAX_PIPELINED:
+            if self._body is not None and at < len(data):
+                at = len(data) - len(self._take_body(self._body, data[at:]))
+        self._buffer = data[at:]
+        if (self.busy or self.congested) and len(self._buffer) > MAX_PIPELINED:
             self.hold(True)
 
     def _begin(self, head: RequestHead) -> None:

@@ -179,3 +179,24 @@ async def test_noise_gets_answers_or_an_end(connect: Callable[[], object], parts
     got = await pair.rest()
     for line in got.split(b"HTTP/1.1 ")[1:]:
         assert line[:3] in (b"400", b"431", b"503", b"505") or not line[:3].isdigit()
+
+
+async def test_answers_wait_for_a_sandbox_that_does_not_read(pair: Pair) -> None:
+    requests, sent = 20_000, 0
+
+    async def send() -> None:
+        nonlocal sent
+        for _ in range(requests // 100):
+            await pair.send(REQUEST * 100)
+            sent += 100
+
+    sending = asyncio.ensure_future(send())
+    await asyncio.wait([sending], timeout=0.5)
+    assert sent < requests / 2, "requests were taken in although their answers are not read"
+    # What was held back is answered once the sandbox reads.
+    seen, tail = 0, b""
+    while seen < requests:
+        data = tail + await pair.read()
+        seen += data.count(b"HTTP/1.1 503 ")
+        tail = data[data.rfind(b"}") + 1 :][:12]
+    await sending
