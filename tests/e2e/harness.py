@@ -207,6 +207,9 @@ async def running(
         paths = [f"/v1/sessions/{view['user']}/{view['workspace']}" for view in page["sessions"]]
         await asyncio.gather(*(broker.api("DELETE", path) for path in paths))
         await broker.stop()
+    for name in ("slots", "homes"):
+        left = os.listdir(broker.state_dir / name)
+        assert not left, f"{name} that nobody owns any more: {left}\n{broker.log_tail()}"
 
 
 class Client:
