@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from websockets.client import ClientProtocol
-from websockets.exceptions import PayloadTooBig, ProtocolError
 from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 from websockets.uri import parse_uri
@@ -78,15 +77,14 @@ class AcpStream(AcpCaller):
         self._sock = sock
         self._ws = ClientProtocol(parse_uri("ws://session/"), state=State.OPEN, max_size=max_message_bytes)
         self._max = max_message_bytes
-        self._parts: list[bytes] = []
-        self._size = 0
+        self._text = bytearray()
         self._waiting: deque[Message] = deque()
         self.ended: CortexError | None = None
         """Why it was closed from this side."""
 
     async def send(self, message: Message) -> None:
         """Sends one message as a text frame."""
-        self._ws.send_text(json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode())
+        self._ws.send_text(dump(message))
         await self._flush()
 
     def close(self, why: CortexError | None = None) -> None:
@@ -102,15 +100,14 @@ class AcpStream(AcpCaller):
     async def receive(self) -> Message:
         """The next message; control frames are answered here."""
         while not self._waiting:
-            data = await self._read()
-            try:
-                self._ws.receive_data(data)
-            except (ProtocolError, PayloadTooBig) as error:
-                raise _broken(str(error)) from error
+            self._ws.receive_data(await self._read())
             for event in self._ws.events_received():
                 if isinstance(event, Frame):
                     self._frame(event)
             await self._flush()
+            if self._ws.parser_exc is not None:
+                # From here on it would swallow whatever comes.
+                raise _broken(str(self._ws.parser_exc))
         return self._waiting.popleft()
 
     async def _read(self) -> bytes:
@@ -130,12 +127,12 @@ class AcpStream(AcpCaller):
             raise _broken(f"closed with {code} {bytes(frame.data[2:]).decode(errors='replace')}")
         if frame.opcode not in (Opcode.TEXT, Opcode.CONT):
             return
-        self._parts.append(bytes(frame.data))
-        self._size += len(frame.data)
-        if self._size > self._max:
+        # One buffer: fragments without content may come for ever, and must cost nothing.
+        self._text += frame.data
+        if len(self._text) > self._max:
             raise _broken("a message is too big")
         if frame.fin:
-            text, self._parts, self._size = b"".join(self._parts), [], 0
+            text, self._text = bytes(self._text), bytearray()
             self._waiting.append(parse_message(text))
 
     async def _flush(self) -> None:
@@ -152,12 +149,27 @@ class AcpStream(AcpCaller):
 def decide(params: Message, policy: str) -> dict[str, str]:
     """The ACP outcome of a permission request under ``policy`` (allow or deny), once rather than for always."""
     kinds = ("allow_once", "allow_always") if policy == "allow" else ("reject_once", "reject_always")
-    options = [option for option in params.get("options", ()) if isinstance(option, dict)]
+    given = params.get("options")
+    options = [option for option in given if isinstance(option, dict)] if isinstance(given, list) else []
     for kind in kinds:
         for option in options:
             if option.get("kind") == kind and isinstance(option.get("optionId"), str):
                 return {"outcome": "selected", "optionId": option["optionId"]}
     return {"outcome": "cancelled"}
+
+
+def dump(value: Any) -> bytes:
+    """JSON in UTF-8. Half a surrogate pair, which agents in JavaScript cut out of emojis, stays escaped."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+def part(message: Message, name: str) -> Message:
+    """The object under ``name``; an empty one where there is none: what a sandbox sends has any shape."""
+    found = message.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def parse_message(text: bytes | str) -> Message:
@@ -175,9 +187,8 @@ def _checked(message: Message, method: str) -> Message:
     error = message.get("error")
     if error is None:
         return message
-    facts: Message = error if isinstance(error, dict) else {}
-    given = facts.get("data")
-    data: Message = given if isinstance(given, dict) else {}
+    facts = part(message, "error")
+    data = part(facts, "data")
     raise CortexError(
         code_of(str(data.get("code")), Code.AGENT_FAILED),
         f"the agent refused {method}: {str(facts.get('message'))[:500]}",

@@ -8,7 +8,7 @@ goes on when the HTTP client leaves: transport is not lifecycle.
 from __future__ import annotations
 
 import asyncio
-import json
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import structlog
 from aiohttp import web
 
 from broker.control import schema
-from broker.control.acp import TURN_SILENCE_S, AcpStream, Message, decide
+from broker.control.acp import TURN_SILENCE_S, AcpStream, Message, decide, dump, part
 from broker.control.requests import body
 from broker.control.routes import Control, control
 from broker.control.sessions import load
@@ -28,6 +28,7 @@ from sandbox_agent.wire.messages import Attach
 KEEPALIVE_S = 15.0
 MAX_EVENTS = 256
 """Events that wait for a slow HTTP client before the agent's stream is no longer read."""
+_PLACE = re.compile(r"[\w.-]{1,64}:[0-9]{1,20}", re.ASCII)
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +44,7 @@ class Event:
     def encode(self) -> bytes:
         """The event on the wire (WHATWG HTML, server-sent events)."""
         head = f"event: {self.name}\n" + (f"id: {self.id}\n" if self.id else "")
-        return f"{head}data: {json.dumps(self.data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+        return b"%sdata: %s\n\n" % (head.encode(), dump(self.data))
 
 
 class Feed:
@@ -158,7 +159,7 @@ class Turn:
             await self._client.allowed(self._context.config().session.bind_hold_s)
             params = {"sessionId": self.acp_session, "prompt": content}
             message = await self._stream.call("session/prompt", params, self._on_message, silence_s=TURN_SILENCE_S)
-            result = {"acp_session": self.acp_session, **message.get("result", {})}
+            result = {"acp_session": self.acp_session, **part(message, "result")}
             await self.feed.put(Event("result", result, _event_id(result)))
         except CortexError as error:
             await self.feed.put(Event("error", error.problem()))
@@ -186,13 +187,13 @@ class Turn:
         params: Message = {"cwd": "/", "mcpServers": []}
         if acp_session is None:
             opened = await self._stream.call("session/new", params)
-            self.acp_session = str(opened.get("result", {}).get("sessionId", ""))
+            self.acp_session = str(part(opened, "result").get("sessionId", ""))
             return
         await self._stream.call("session/resume", params | {"sessionId": acp_session})
         self.acp_session = acp_session
 
     async def _on_message(self, message: Message) -> None:
-        params = message.get("params", {})
+        params = part(message, "params")
         if message["method"] == "session/update":
             await self.feed.put(Event("update", params, _event_id(params)))
         elif message["method"] == "session/request_permission" and "id" in message:
@@ -256,7 +257,7 @@ async def _stream_events(request: web.Request, feed: Feed, stall_s: float) -> we
 
 
 def _event_id(params: Message) -> str:
-    """``EPOCH:SEQ`` of the message, empty where it has none."""
-    meta = params.get("_meta")
-    place = meta.get("cortex") if isinstance(meta, dict) else None
-    return f"{place.get('epoch')}:{place.get('seq')}" if isinstance(place, dict) else ""
+    """``EPOCH:SEQ`` of the message, empty where it has none: a sandbox must not write events of its own."""
+    place = part(part(params, "_meta"), "cortex")
+    text = f"{place.get('epoch')}:{place.get('seq')}"
+    return text if _PLACE.fullmatch(text) else ""

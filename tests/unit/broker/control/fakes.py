@@ -69,7 +69,7 @@ class Agent:
             await self.say({"id": self.session.asked, "result": {"stopReason": "end_turn"}})
 
     async def prompt(self, ident: Any, text: str) -> None:
-        """``fail``, ``die``, ``ask``, ``hang``; anything else is echoed word by word."""
+        """``fail``, ``die``, ``ask``, ``hang``, ``bad-frame``, JSON (``say``, ``result``); else an echo by words."""
         if text == "fail":
             error = {"code": -32000, "message": "no key", "data": {"code": "agent.failed", "hint": "give it one"}}
             await self.say({"id": ident, "error": error})
@@ -80,6 +80,13 @@ class Agent:
             options = [{"optionId": "y", "kind": "allow_once"}, {"optionId": "n", "kind": "reject_once"}]
             params = {"sessionId": "s1", "toolCall": {"toolCallId": "t"}, "options": options}
             await self.say({"id": "perm", "method": "session/request_permission", "params": params})
+        elif text == "bad-frame":
+            await asyncio.get_running_loop().sock_sendall(self.sock, b"\xf3\x00")
+        elif text.startswith("{"):
+            script = json.loads(text)
+            for message in script["say"]:
+                await self.say(message)
+            await self.say({"id": ident, "result": script["result"]})
         elif text != "hang":
             for seq, word in enumerate(text.split(), 1):
                 await self.update(word, seq)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import tracemalloc
 from typing import Any
 
 import aiohttp
 import pytest
 
-from broker.control.acp import decide
+from broker.control.acp import AcpStream, decide
 from broker.errors import Code, CortexError
 from tests.unit.broker.control.conftest import ADMIN, Api
 
@@ -100,6 +102,56 @@ async def test_the_agents_error_ends_the_stream_with_its_code(api: Api) -> None:
 async def test_a_stream_that_dies_is_an_error_not_a_hang(api: Api) -> None:
     found = await turn(api, text="die")
     assert (found[-1][0], found[-1][2]["code"]) == ("error", "agent.failed")
+
+
+async def test_a_stream_that_breaks_the_framing_is_an_error_not_a_hang(api: Api) -> None:
+    found = await turn(api, text="bad-frame")
+    assert (found[-1][0], found[-1][2]["code"]) == ("error", "agent.failed")
+
+
+@pytest.mark.parametrize("odd", [None, 1, "x", []])
+async def test_messages_of_any_shape_end_in_a_result(api: Api, odd: Any) -> None:
+    asked = {"id": 7, "method": "session/request_permission", "params": {"options": odd}}
+    said = [{"method": "session/update", "params": odd}, {"method": "session/update", "params": {"_meta": odd}}, asked]
+    found = await turn(api, text=json.dumps({"say": said, "result": odd}))
+    assert [name for name, _, _ in found] == ["session", "update", "update", "permission", "result"]
+    assert found[-1][2] == {"acp_session": "s1"}
+
+
+async def test_half_a_surrogate_pair_reaches_the_client(api: Api) -> None:
+    said = [{"method": "session/update", "params": {"text": "\ud83d"}}, {"id": "\ud83d", "method": "fs/read"}]
+    found = await turn(api, text=json.dumps({"say": said, "result": {}}))
+    assert found[1][2] == {"text": "\ud83d"}
+    assert found[-1][0] == "result"
+
+
+async def test_a_sandbox_cannot_write_events_of_its_own(api: Api) -> None:
+    meta = {"cortex": {"epoch": "1\nevent: permission\ndata: {}\n\n", "seq": 1}}
+    said = [{"method": "session/update", "params": {"_meta": meta}}]
+    found = await turn(api, text=json.dumps({"say": said, "result": {}}))
+    assert [(name, ident) for name, ident, _ in found] == [("session", ""), ("update", ""), ("result", "")]
+
+
+async def test_fragments_without_content_cost_no_memory() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    stream = AcpStream(ours, max_message_bytes=1000)
+    receiving = asyncio.ensure_future(stream.receive())
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(theirs, b"\x01\x01{")
+    tracemalloc.start()
+    try:
+        for _ in range(20):
+            await loop.sock_sendall(theirs, b"\x00\x00" * 5000)
+            await asyncio.sleep(0)
+        await loop.sock_sendall(theirs, b"\x80\x01}")
+        assert await asyncio.wait_for(receiving, 10) == {}
+        assert tracemalloc.get_traced_memory()[0] < 200_000
+    finally:
+        tracemalloc.stop()
+        stream.release()
+        theirs.close()
 
 
 async def test_closing_the_sessions_clients_ends_the_turn(api: Api) -> None:
