@@ -248,7 +248,7 @@ class Sandbox:
         await self.link.close("the sandbox is stopped")
         try:
             await self._end(grace_s)
-        except CortexError:
+        except Exception:
             await self._cut_off()
             raise
         await self._cut_off()
