@@ -145,9 +145,11 @@ async def test_fragments_without_content_cost_no_memory() -> None:
         for _ in range(20):
             await loop.sock_sendall(theirs, b"\x00\x00" * 5000)
             await asyncio.sleep(0)
+        await loop.sock_sendall(theirs, b"\x89\x00")
+        assert await asyncio.wait_for(loop.sock_recv(theirs, 100), 10), "a pong"
+        assert tracemalloc.get_traced_memory()[0] < 200_000
         await loop.sock_sendall(theirs, b"\x80\x01}")
         assert await asyncio.wait_for(receiving, 10) == {}
-        assert tracemalloc.get_traced_memory()[0] < 200_000
     finally:
         tracemalloc.stop()
         stream.release()
