@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,7 +14,9 @@ from aiohttp import web
 from tests.standin import sse
 from tests.standin.script import Answer, Asked, Tool, answer
 
-MODELS = ("claude-opus-4-8", "claude-sonnet-4-8", "claude-haiku-4-5")
+MODELS = ("claude-opus-5-5", "claude-haiku-4-5")
+LOADER = "ToolSearch"
+"""Claude Code names tools of MCP servers, but describes them only to a model that asks."""
 _numbers = itertools.count(1)
 
 
@@ -51,17 +54,45 @@ async def messages(request: web.Request) -> web.StreamResponse:
 
 def read(body: dict[str, Any]) -> Asked:
     tools = [Tool(tool["name"]) for tool in body.get("tools", [])]
+    loader = next((tool for tool in tools if tool.name == LOADER), None)
     # The CLI adds messages of role "system" to what the user said.
-    last = next(item for item in reversed(body["messages"]) if item["role"] == "user")
-    content = last["content"]
-    if isinstance(content, str):
-        return Asked(content, tools=tools)
-    results = [part for part in content if part["type"] == "tool_result"]
+    messages = [item for item in body["messages"] if item["role"] != "system"]
+    deferred = (
+        [Tool(name) for name in re.findall(r"^mcp__\S+$", said(body["messages"]), re.MULTILINE)] if loader else []
+    )
+    results = results_in(messages[-1])
     if results:
-        return Asked(result=flat(results[-1].get("content", "")), tools=tools)
-    texts = [part["text"] for part in content if part["type"] == "text"]
-    own = [text for text in texts if not text.startswith("<system-reminder>")]
-    return Asked("\n".join(own or texts), tools=tools)
+        if results[-1]["tool_use_id"] not in calls(messages, LOADER):
+            return Asked(result=flat(results[-1].get("content", "")), tools=tools)
+        tools += deferred
+    typed = [item for item in messages if item["role"] == "user" and not results_in(item)]
+    return Asked(own(typed[-1]) if typed else "", tools=tools, loader=loader, deferred=deferred)
+
+
+def parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def results_in(message: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in parts(message) if part["type"] == "tool_result"]
+
+
+def said(messages: list[dict[str, Any]]) -> str:
+    """All text, whoever's."""
+    return "\n".join(part["text"] for message in messages for part in parts(message) if part["type"] == "text")
+
+
+def own(message: dict[str, Any]) -> str:
+    """What the user typed."""
+    texts = [part["text"] for part in parts(message) if part["type"] == "text"]
+    return "\n".join([text for text in texts if not text.startswith("<system-reminder>")] or texts)
+
+
+def calls(messages: list[dict[str, Any]], name: str) -> set[str]:
+    """Ids of the calls of a tool."""
+    found = (part for message in messages for part in parts(message) if part["type"] == "tool_use")
+    return {part["id"] for part in found if part["name"] == name}
 
 
 def flat(content: Any) -> str:
@@ -79,7 +110,7 @@ def block(reply: Answer) -> dict[str, Any]:
 
 def message(body: dict[str, Any], content: list[Any], stop: str | None) -> dict[str, Any]:
     return {
-        "id": "msg_standin",
+        "id": f"msg_{next(_numbers)}",
         "type": "message",
         "role": "assistant",
         "model": body.get("model", MODELS[0]),

@@ -36,12 +36,15 @@ class Tool:
 @dataclass(frozen=True)
 class Asked:
     """A request, whatever its API: the last user text, or the result of the tool called last.
-    ``runner``: a tool that runs others, which the request does not list."""
+    ``runner``: a tool that runs others, which the request does not list; ``loader``: a tool by which
+    those in ``deferred`` have to be loaded before they are called."""
 
     text: str = ""
     result: str | None = None
     tools: Sequence[Tool] = ()
     runner: Tool | None = None
+    loader: Tool | None = None
+    deferred: Sequence[Tool] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ def answer(asked: Asked) -> Answer:
         return Answer(words(f"tool said: {asked.result}"))
     if found := _TOOL.search(asked.text):
         tool = find_tool(asked.tools, found["name"]) or asked.runner
+        later = find_tool(asked.deferred, found["name"])
+        if tool is None and later and asked.loader:
+            return Answer(tool=asked.loader, arguments={"query": f"select:{later.name}", "max_results": 1})
         if tool is None:
             return Answer(words(f"no tool {found['name']} among {len(asked.tools)}"))
         return Answer(tool=tool, wanted=found["name"], arguments=json.loads(found["arguments"] or "{}"))
