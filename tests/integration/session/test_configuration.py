@@ -15,7 +15,7 @@ MCP = {"mcpServers": {"fs": {"command": "/bin/fs"}}}
 
 
 def written(kind: str, result: str = "written") -> float:
-    return STATE_WRITES.labels(kind, result)._value.get()
+    return float(STATE_WRITES.labels(kind, result)._value.get())
 
 
 async def test_only_the_part_that_differs_is_sent_in_one_bind() -> None:

@@ -144,7 +144,7 @@ async def test_a_sandbox_that_ends_while_its_agent_starts_is_noticed_at_once() -
         class Mute(FakeSandbox):
             """Its agent is never ready."""
 
-            agent = property(lambda self: "starting", lambda self, value: None)  # type: ignore[assignment]
+            agent = property(lambda self: "starting", lambda self, value: None)
 
         create = world.driver.inner.create
 
@@ -350,6 +350,12 @@ def small_disk() -> Iterator[Path]:
         base.rmdir()
 
 
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
 async def test_a_full_disk_is_an_error_with_a_hint_and_ends_nothing_that_runs(small_disk: Path) -> None:
     world = Rig(small_disk, {})
     await world.open()
@@ -358,9 +364,8 @@ async def test_a_full_disk_is_an_error_with_a_hint_and_ends_nothing_that_runs(sm
         waiting = await world.ready("ann")
         await waiting.stop()
         full = small_disk / "filler"
-        with full.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-            while True:
-                file.write(bytes(4096))
+        with pytest.raises(OSError, match="No space"):
+            fill(full)
         with pytest.raises(CortexError) as caught:
             await (await world.session("ann")).wait_ready()
         assert caught.value.code is Code.DISK_FULL

@@ -18,7 +18,7 @@ from broker.session.session import Session
 from tests.integration.session.rig import Client, Rig, engine_down, rig, until
 
 T = TypeVar("T")
-SCRIPTS = (
+SCRIPTS: tuple[dict[str, Any], ...] = (
     {},
     {"start_error": engine_down()},
     {"create_error": engine_down()},
