@@ -33,6 +33,8 @@ from broker.sandbox.trash import discard, erase
 
 log = structlog.get_logger(__name__)
 
+_ERASERS = 2
+"""Trees erased at once: one may take minutes, and the threads are for everybody."""
 _SLOT = re.compile(r"[a-z0-9]{1,16}")
 _OWNER = "owner."
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -86,6 +88,7 @@ class Slots:
         self._quarantine = state_dir / "quarantine"
         self.packages_dir = state_dir / "packages"
         self._owners: dict[str, str] | None = None
+        self._erasing = asyncio.Semaphore(_ERASERS)
 
     def check(self) -> None:
         """Makes the directories and proves that all works: a rename from homes to slots and back, chown,
@@ -298,7 +301,8 @@ class Slots:
         if name is None:
             return
         try:
-            await asyncio.to_thread(erase, self._trash, name)
+            async with self._erasing:
+                await asyncio.to_thread(erase, self._trash, name)
         except OSError as error:
             # It stays in the trash, which the next start empties again.
             log.error("erase_failed", path=str(self._trash / name), error=str(error))

@@ -1,7 +1,7 @@
 """Erasing trees that hostile programs made: never follows a link, never recurses, bounded memory.
 
-A directory that is not empty moves up into the trash directory before it is emptied, so neither a
-tree's depth nor the length of its paths matters.
+A directory that is not empty moves up to the top of its tree before it is emptied, so neither depth,
+nor the length of paths, nor the number of directories matters: nothing is remembered.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 _BATCH = 1000
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def discard(path: Path, trash: Path) -> str | None:
@@ -30,32 +31,48 @@ def erase(trash: Path, name: str) -> None:
     """Erases ``trash/name``, whatever it is. Blocks; run it in a thread. Raises ``OSError``."""
     top = os.open(trash, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        queue = [name]
-        while queue:
-            _erase_one(top, queue.pop(), queue)
+        here = _opened(name, top)
+        if here is None:
+            return
+        try:
+            os.fchmod(here, 0o700)
+            # What is not empty moves up into this one directory, which is therefore emptied until nothing comes.
+            while batch := _entries(here):
+                for entry in batch:
+                    _erase_one(entry.name, here)
+        finally:
+            os.close(here)
+        os.rmdir(name, dir_fd=top)
     finally:
         os.close(top)
 
 
-def _erase_one(top: int, name: str, queue: list[str]) -> None:
-    try:
-        if not stat.S_ISDIR(os.stat(name, dir_fd=top, follow_symlinks=False).st_mode):
-            os.unlink(name, dir_fd=top)
-            return
-        here = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
-    except FileNotFoundError:
+def _erase_one(name: str, top: int) -> None:
+    here = _opened(name, top)
+    if here is None:
         return
-    except PermissionError:
-        os.chmod(name, 0o700, dir_fd=top)
-        here = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
     try:
         os.fchmod(here, 0o700)
         while batch := _entries(here):
             for entry in batch:
-                _clear(entry, here, top, queue)
+                _clear(entry, here, top)
     finally:
         os.close(here)
     os.rmdir(name, dir_fd=top)
+
+
+def _opened(name: str, parent: int) -> int | None:
+    """A directory's descriptor; anything else is unlinked, and None."""
+    try:
+        if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            os.unlink(name, dir_fd=parent)
+            return None
+        return os.open(name, _DIRECTORY, dir_fd=parent)
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        os.chmod(name, 0o700, dir_fd=parent)
+        return os.open(name, _DIRECTORY, dir_fd=parent)
 
 
 def _entries(directory: int) -> list[os.DirEntry[str]]:
@@ -63,7 +80,7 @@ def _entries(directory: int) -> list[os.DirEntry[str]]:
         return list(islice(found, _BATCH))
 
 
-def _clear(entry: os.DirEntry[str], here: int, top: int, queue: list[str]) -> None:
+def _clear(entry: os.DirEntry[str], here: int, top: int) -> None:
     if not entry.is_dir(follow_symlinks=False):
         os.unlink(entry.name, dir_fd=here)
         return
@@ -74,6 +91,4 @@ def _clear(entry: os.DirEntry[str], here: int, top: int, queue: list[str]) -> No
             raise
         # Moving a directory writes its "..", so its owner needs write permission on it.
         os.chmod(entry.name, 0o700, dir_fd=here)
-        name = secrets.token_hex(8)
-        os.rename(entry.name, name, src_dir_fd=here, dst_dir_fd=top)
-        queue.append(name)
+        os.rename(entry.name, secrets.token_hex(8), src_dir_fd=here, dst_dir_fd=top)
