@@ -492,7 +492,9 @@ async def test_an_agent_that_does_not_work_is_told_to_all_who_look(
     problem = await house.refused("POST", "/v1/sessions", {"user": user, "agent": agent, "wait": "ready"})
     assert problem["code"] == code
     assert all(word in json.dumps(problem) for word in words), problem
-    view = await house.api("GET", f"/v1/sessions/{user}/main")
+    async with asyncio.timeout(10):
+        while (view := await house.api("GET", f"/v1/sessions/{user}/main"))["state"] == "stopping":
+            await asyncio.sleep(0.05)
     assert view["state"] == "failed"
     assert all(word in view["reason"] for word in words)
     token = (await house.api("POST", f"/v1/sessions/{user}/main/tokens", {}))["token"]
