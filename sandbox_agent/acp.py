@@ -208,9 +208,15 @@ class AcpHub:
             if method == "$/cancel_request" and isinstance(params, dict):
                 self._asks.withdrawn(params.get("requestId"))
             return
-        session_id = params.get("sessionId") if isinstance(params, dict) else None
-        if not isinstance(session_id, str) or not isinstance(params, dict):
-            self._outbox.update(message, None, raw=line)
+        if not isinstance(params, dict) or "sessionId" not in params:
+            if method.startswith("session/"):
+                self.garbage += 1
+            else:
+                self._outbox.update(message, None, raw=line)
+            return
+        session_id = params["sessionId"]
+        if not isinstance(session_id, str) or not isinstance(params.get("update", {}), dict):
+            self.garbage += 1
             return
         conversation = self._conversations.by_agent_id.get(session_id)
         if conversation is None:

@@ -12,7 +12,6 @@ from sandbox_agent.outbox import Outbox
 from sandbox_agent.settings import AgentSettings
 from sandbox_agent.tasks import log
 
-
 FENCE = "_cortex/fence"
 """Asked after ``session/load``; any answer will do. Some agents (Gemini CLI 0.61) send the replay only
 after they have answered the load; what comes before this is answered is still replay."""

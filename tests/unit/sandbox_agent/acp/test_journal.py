@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from sandbox_agent import journal as journal_module
 from sandbox_agent import records
 from sandbox_agent.journal import SEQ_GAP, Journal, JournalFailed, JournalFull, JournalGone
 from sandbox_agent.records import Record
@@ -228,7 +227,7 @@ async def test_a_failed_sync_is_final(log: Log, monkeypatch: pytest.MonkeyPatch)
         raise OSError(errno.EIO, "bad disk")
 
     await log.open()
-    monkeypatch.setattr(journal_module.os, "fdatasync", fails)
+    monkeypatch.setattr(os, "fdatasync", fails)
     log.add(b"{}")
     log.journal.sync()
     async with asyncio.timeout(5):
