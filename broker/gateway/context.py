@@ -36,8 +36,8 @@ class Context:
         self.emptied = asyncio.Event()
         self._noted_until = 0.0
         self._noted = 0
-        self.resolver = Resolver(self.tasks, lambda: self.settings.dns_timeout_s)
-        self.dialer = Dialer(self.resolver, lambda: self.settings.connect_timeout_s)
+        self._resolvers = [Resolver(self.tasks, lambda: self.settings.dns_timeout_s) for _ in range(2)]
+        self.dialer = Dialer(self._resolvers[0], lambda: self.settings.connect_timeout_s, self._resolvers[1])
         self.pool = Pool(self.dialer, self.stats, lambda: self.settings.max_head_bytes)
 
     def note(self, event: str, **facts: Any) -> None:
@@ -53,4 +53,5 @@ class Context:
 
     def close(self) -> None:
         self.pool.close()
-        self.resolver.close()
+        for resolver in self._resolvers:
+            resolver.close()

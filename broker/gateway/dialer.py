@@ -19,16 +19,23 @@ MAX_CONTEXTS = 64
 
 
 class Dialer:
-    """``timeout_s`` gives the deadline of connecting, TLS included (``gateway.connect_timeout_s``)."""
+    """``timeout_s`` gives the deadline of connecting, TLS included (``gateway.connect_timeout_s``).
 
-    def __init__(self, resolver: Resolver, timeout_s: Callable[[], float]) -> None:
+    ``guests`` looks up what users and sandboxes name (default: ``resolver``, which is for operators'
+    providers), so that slow names of theirs hold up nobody's model calls.
+    """
+
+    def __init__(self, resolver: Resolver, timeout_s: Callable[[], float], guests: Resolver | None = None) -> None:
         self._resolver = resolver
+        self._guests = guests or resolver
         self._timeout_s = timeout_s
         self._contexts: dict[str, ssl.SSLContext] = {}
 
     async def dial(self, origin: Origin, factory: Callable[[], P]) -> P:
         """A connected protocol. Raises ``CortexError``: unreachable, or all addresses refused."""
-        addresses = permitted(await self._resolver.addresses(origin.host), private=origin.private)
+        operators = origin.pooled and origin.private
+        resolver = self._resolver if operators else self._guests
+        addresses = permitted(await resolver.addresses(origin.host), private=origin.private)
         if not addresses:
             raise address_refused(origin.host)
         context = await self._context(origin.ca) if origin.scheme == "https" else None

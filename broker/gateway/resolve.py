@@ -14,6 +14,8 @@ THREADS = 8
 MAX_LOOKUPS = 64
 MAX_CACHED = 1024
 TTL_S = 30.0
+STALE_S = 3600.0
+"""How long past its time an answer will do, where there is no newer one to be had."""
 
 
 class Resolver:
@@ -28,10 +30,18 @@ class Resolver:
 
     async def addresses(self, host: str) -> list[str]:
         """The addresses of a name or a literal, best first. Raises ``UPSTREAM_UNREACHABLE``."""
-        loop = asyncio.get_running_loop()
+        now = asyncio.get_running_loop().time()
         known = self._cache.get(host)
-        if known is not None and known[0] > loop.time():
+        if known is not None and known[0] > now:
             return known[1]
+        try:
+            return await self._fresh(host)
+        except CortexError:
+            if known is not None and known[0] + STALE_S > now:
+                return known[1]
+            raise
+
+    async def _fresh(self, host: str) -> list[str]:
         task = self._pending.get(host)
         if task is None:
             if len(self._pending) >= MAX_LOOKUPS:

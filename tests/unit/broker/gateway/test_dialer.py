@@ -129,3 +129,49 @@ async def test_a_ca_that_is_none(names: Names, resolver: Resolver, port: int) ->
     names.answers = {"h": ["127.0.0.1"]}
     with pytest.raises(CortexError, match="CA bundle"):
         await Dialer(resolver, lambda: 2.0).dial(Origin("https", "h", port, "nonsense", True), asyncio.Protocol)
+
+
+async def test_an_old_answer_will_do_where_there_is_no_new_one(
+    names: Names, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolve, "TTL_S", 0.0)
+    names.answers = {"h": ["8.8.8.8"]}
+    assert await resolver.addresses("h") == ["8.8.8.8"]
+    names.answers = {}
+    assert await resolver.addresses("h") == ["8.8.8.8"]
+    assert names.asked == ["h", "h"], "a new one was asked for"
+    monkeypatch.setattr(resolve, "STALE_S", 0.0)
+    with pytest.raises(CortexError):
+        await resolver.addresses("h")
+
+
+@pytest.mark.parametrize(
+    ("private", "pooled", "reaches"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+async def test_names_of_guests_hold_up_no_operators_provider(
+    names: Names, port: int, private: bool, pooled: bool, reaches: bool
+) -> None:
+    tasks = TaskOwner("test")
+    ours, theirs = Resolver(tasks, lambda: 2.0), Resolver(tasks, lambda: 0.05)
+    names.answers = {"h": ["127.0.0.1"]}
+    names.hang = threading.Event()
+    try:
+        slow = [asyncio.ensure_future(theirs.addresses(f"slow{number}")) for number in range(resolve.MAX_LOOKUPS)]
+        await asyncio.wait(slow)
+        names.hang, hanging = None, names.hang
+        dialling = Dialer(ours, lambda: 2.0, theirs).dial(
+            Origin("tcp", "h", port, "", private, pooled), asyncio.Protocol
+        )
+        if reaches:
+            await dialling
+        else:
+            with pytest.raises(CortexError) as caught:
+                await dialling
+            assert caught.value.code is Code.UPSTREAM_UNREACHABLE
+        hanging.set()
+    finally:
+        for look_up in slow:
+            look_up.exception()
+        ours.close()
+        theirs.close()
+        await tasks.close()
