@@ -254,8 +254,7 @@ class GatewayLink:
         if wish.entry is None:
             self._tell({"type": "drop", "slot": wish.slot}, lambda answer: self._settled(wish, answer))
             return
-        message = {"type": "put", **entry_to_wire(wish.entry)}
-        self._tell(message, lambda answer: self._settled(wish, answer), wish.fds or ())
+        self._tell(_put(wish.entry), lambda answer: self._settled(wish, answer), wish.fds or ())
 
     def _settled(self, wish: Wish, answer: dict[str, Any]) -> None:
         error = answer.get("error")
@@ -338,9 +337,14 @@ def _listen(path: Path) -> socket.socket:
     return sock
 
 
+def _put(entry: SlotEntry) -> dict[str, Any]:
+    return {"type": "put", **entry_to_wire(entry)}
+
+
 def _check_size(entry: SlotEntry) -> None:
+    """Before it is a wish: one that cannot be sent would stand in the way of all others at every hello."""
     try:
-        pack(entry_to_wire(entry))
+        pack({**_put(entry), "id": 2**63})
     except MessageError as error:
         raise CortexError(
             Code.BAD_CONFIG,

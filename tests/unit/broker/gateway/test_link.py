@@ -19,7 +19,7 @@ from broker.config import GatewayConfig
 from broker.errors import Code, CortexError
 from broker.gateway import link as link_module
 from broker.gateway.link import Egress, GatewayLink
-from broker.gateway.messages import VERSION
+from broker.gateway.messages import MAX_PACKET, VERSION, SlotEntry, entry_to_wire, pack
 from broker.host.tasks import TaskOwner
 from broker.metrics import GATEWAY_EVENTS
 
@@ -163,3 +163,21 @@ async def test_a_path_that_is_too_long_is_told() -> None:
     with pytest.raises(CortexError) as caught:
         await GatewayLink(Path("/tmp") / ("x" * 110), tasks, settings=GatewayConfig).start()
     assert caught.value.code is Code.BAD_CONFIG
+
+
+async def test_a_slot_that_just_does_not_fit_is_refused_and_hides_no_other(link: GatewayLink) -> None:
+    def egress(size: int) -> Egress:
+        return Egress(("h" * size,))
+
+    bare = len(pack(entry_to_wire(SlotEntry("big", 1, None, {}, egress(0)))))
+    pair, fds = slot_fds()
+    for spare in (0, 10, 20):
+        with pytest.raises(CortexError) as caught:
+            await link.put_slot("big", 1, None, {}, egress(MAX_PACKET - bare - spare), fds)
+        assert caught.value.code is Code.BAD_CONFIG
+    peer = Peer(link.path)
+    assert [message["type"] for message in await peer.greet()] == ["settings", "ping"]
+    await link.wait_connected(5)
+    peer.close()
+    for sock in pair:
+        sock.close()
