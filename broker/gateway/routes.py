@@ -125,8 +125,9 @@ def _refuse_dot_segments(path: bytes) -> None:
     """``..`` could climb out of the base URL's path, however a server decodes it."""
     for _ in range(2):
         path = unquote_to_bytes(path)
-        segments = path.replace(b"\\", b"/").split(b"/")
-        if b".." in segments or b"." in segments:
+        # Some servers cut parameters off first: "..;x" is ".." to them.
+        segments = {segment.partition(b";")[0] for segment in path.replace(b"\\", b"/").split(b"/")}
+        if not segments.isdisjoint((b".", b"..")):
             raise bad("the path has dot segments")
 
 

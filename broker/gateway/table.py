@@ -20,7 +20,7 @@ from broker.gateway.ways import FaceKind, Held, Way, egress_way, gateway_way
 
 ACCEPT_AT_ONCE = 32
 ACCEPT_PAUSE_S = 0.5
-MAX_DENIED_KEPT = 256
+MAX_DENIED_TOLD = 256
 _EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 log = structlog.get_logger(__name__)
 
@@ -121,12 +121,10 @@ class SlotState:
         self._fence()
 
     def denied(self, host: str, port: int) -> None:
-        """Tells the broker once a host that this slot was refused one."""
+        """Tells the broker once a host that this slot was refused one, so many hosts until its settings change."""
         self._context.stats.tunnels_denied += 1
-        if (host, port) in self._denied:
+        if (host, port) in self._denied or len(self._denied) >= MAX_DENIED_TOLD:
             return
-        if len(self._denied) >= MAX_DENIED_KEPT:
-            self._denied.clear()
         self._denied.add((host, port))
         self._context.note("egress_denied", slot=self.slot, host=host, port=port)
         self._context.report({"slot": self.slot, "kind": "egress_denied", "host": host, "port": port})

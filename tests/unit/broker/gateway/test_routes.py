@@ -95,7 +95,7 @@ def test_paths(target: bytes, there: bytes) -> None:
 @pytest.mark.parametrize(
     "target",
     [b"/p/../x", b"/p/a/..", b"/p/./x", b"/p/%2e%2e/x", b"/p/.%2E/x", b"/p/..%2fx", b"/p/..\\x", b"/p/%252e%252e/x",
-     b"/p/a%2f..%2fb"],
+     b"/p/a%2f..%2fb", b"/p/..;/x", b"/p/..%3bv=1/x"],
 )  # fmt: skip
 def test_paths_that_climb_are_refused(target: bytes) -> None:
     with pytest.raises(CortexError) as caught:
