@@ -27,8 +27,12 @@ class WireError(Exception):
 
 
 def pack(message: dict[str, Any], *, limit: int = MAX_MESSAGE) -> bytes:
-    """One message with its length prefix. Raises ``WireError`` when over ``limit``."""
-    body: bytes = msgpack.packb(message, use_bin_type=True)
+    """One message with its length prefix. Raises ``WireError`` when over ``limit``, or for a value that
+    msgpack does not know (an integer over 64 bits, half a surrogate pair)."""
+    try:
+        body: bytes = msgpack.packb(message, use_bin_type=True)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise WireError(f"cannot be sent: {error}") from error
     if len(body) > limit:
         raise WireError(f"message of {len(body)} bytes is over the limit of {limit}")
     return _LENGTH.pack(len(body)) + body

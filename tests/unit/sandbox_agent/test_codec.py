@@ -44,3 +44,9 @@ def test_a_length_over_the_limit_is_refused_before_the_body() -> None:
 def test_not_one_map_with_string_keys(body: bytes) -> None:
     with pytest.raises(codec.WireError):
         codec.unpack(body)
+
+
+@pytest.mark.parametrize("value", [2**64, -(2**63) - 1, "\ud83d", object()])
+def test_what_msgpack_does_not_know_is_a_wire_error(value: object) -> None:
+    with pytest.raises(codec.WireError):
+        codec.pack({"x": value})
