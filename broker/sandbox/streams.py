@@ -16,6 +16,7 @@ class IdleStreams:
         self._violation = violation
         self._idle: deque[socket.socket] = deque()
         self._takers: deque[asyncio.Future[socket.socket]] = deque()
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._idle)
@@ -32,6 +33,10 @@ class IdleStreams:
             if not taker.done():
                 taker.set_result(sock)
                 return
+        if self._closed:
+            # A taker was given it, and cancelled, before it could look.
+            sock.close()
+            return
         if len(self._idle) >= self._limit:
             self._prune()
         if len(self._idle) >= self._limit:
@@ -79,7 +84,8 @@ class IdleStreams:
                 self._takers.remove(taker)
 
     def close(self, error: Exception) -> None:
-        """Closes the streams and fails the takers."""
+        """Closes the streams and fails the takers; what comes later is closed."""
+        self._closed = True
         while self._idle:
             self._idle.popleft().close()
         while self._takers:
