@@ -1,0 +1,181 @@
+"""The life of a broker, with its real gateway process and sandboxes that are fake."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from broker import app
+from broker.app import CHECKS, Broker
+from broker.errors import Code, CortexError
+from broker.sandbox.fake import FakeDriver, FakeEngine
+from broker.session.session import Session
+from broker.settings import load
+
+
+class Place:
+    """A state directory and an engine that outlive brokers."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.engine = FakeEngine()
+        self.brokers: list[Broker] = []
+        self.file = base / "etc" / "config.toml"
+        self.users = base / "users"
+        self.file.parent.mkdir()
+        self.write("")
+
+    def write(self, text: str) -> None:
+        new = self.file.with_suffix(".new")
+        new.write_text(text)
+        new.rename(self.file)
+
+    def broker(self, **changes: Any) -> Broker:
+        overrides: dict[str, Any] = {
+            "broker.state_dir": str(self.base / "state"),
+            "broker.runtime_dir": str(self.base / "run"),
+            "broker.users_dir": str(self.users),
+            "broker.log_level": "error",
+            "front.listen": "127.0.0.1:0",
+            "control.listen": "127.0.0.1:0",
+            "control.admin_token_file": str(self.base / "admin.token"),
+            "control.hook_secrets_file": str(self.base / "hook.secrets"),
+            "gateway.link": str(self.base / "run" / "gateway.sock"),
+            "sandbox.uid": os.geteuid(),
+            "sandbox.stop_timeout_s": 0.2,
+            **{name.replace("__", "."): value for name, value in changes.items()},
+        }
+        made = Broker(load(self.file, {}, overrides=overrides, checks=CHECKS), overrides)
+        self.brokers.append(made)
+        return made
+
+    async def close(self) -> None:
+        for broker in self.brokers:
+            await broker.stop()
+        await self.engine.close()
+
+
+@pytest.fixture
+async def place(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
+    base = Path(tempfile.mkdtemp(prefix="ctx-", dir="/tmp"))
+    made = Place(base)
+    monkeypatch.setattr(app, "make_driver", lambda *args: FakeDriver(made.engine))
+    monkeypatch.setattr(app, "raise_file_limit", lambda: None)
+    try:
+        yield made
+    finally:
+        await made.close()
+        shutil.rmtree(base, ignore_errors=True)
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not reached():
+            await asyncio.sleep(0.01)
+
+
+async def ready(broker: Broker) -> Session:
+    session, _ = await broker.registry.create("ann", "main", None)
+    await session.wait_ready()
+    assert isinstance(session, Session)
+    return session
+
+
+async def test_sandboxes_outlive_a_broker_and_the_next_one_has_them(place: Place) -> None:
+    first = place.broker()
+    await first.start()
+    session = await ready(first)
+    await first.stop()
+    await first.stop()
+    (box,) = place.engine.sandboxes.values()
+    assert box.liveness == "running"
+    second = place.broker()
+    await second.start()
+    again = second.registry.held("ann", "main")
+    assert again is not None
+    assert again.id == session.id
+    await again.wait_ready()
+    assert list(place.engine.sandboxes.values()) == [box]
+    async with aiohttp.ClientSession() as http:
+        async with http.get(f"{second.control_url}/readyz") as response:
+            assert response.status == 200
+        place.engine.error = CortexError(Code.ENGINE_DOWN, "the engine is down", hint="start it")
+        assert "start it" in (await second.health())["engine"]
+        place.engine.error = None
+    await again.stop()
+    assert second.slots.ids() == []
+
+
+async def test_files_that_change_reach_a_running_session(place: Place) -> None:
+    broker = place.broker()
+    await broker.start()
+    session = await ready(broker)
+    (box,) = place.engine.sandboxes.values()
+
+    def bound() -> dict[str, str]:
+        parts = [bind.parts["process"]["env"] for bind in box.binds if "process" in bind.parts]
+        return dict(parts[-1]) if parts else {}
+
+    path = place.users / "ann" / "env.toml"
+    path.parent.mkdir()
+    path.write_text('A = "user"')
+    await until(lambda: bound().get("A") == "user")
+    place.write('[defaults.env]\nB = "operator"\n')
+    await until(lambda: bound().get("B") == "operator")
+    place.write("[defaults.env]\nB = 7\n")
+    await broker.reload()
+    assert broker.config().defaults.env == {"B": "operator"}
+    place.write('[defaults.env]\nB = "mended"\n')
+    await until(lambda: bound() == {"A": "user", "B": "mended"})
+    assert session.state == "ready"
+    await session.stop()
+
+
+async def test_a_second_broker_on_the_same_state_is_refused(place: Place) -> None:
+    first = place.broker()
+    await first.start()
+    second = place.broker()
+    with pytest.raises(CortexError) as caught:
+        await second.start()
+    assert caught.value.code is Code.STORE_LOCKED
+    await second.stop()
+    assert (await first.health())["store"] == ""
+
+
+async def test_an_address_that_is_taken_is_told_by_its_key_and_leaves_nothing_open(place: Place) -> None:
+    first = place.broker()
+    await first.start()
+    port = first.front_url.rsplit(":", 1)[1]
+    second = place.broker(
+        front__listen=f"127.0.0.1:{port}",
+        broker__state_dir=str(place.base / "other"),
+        gateway__link=str(place.base / "run" / "other.sock"),
+    )
+    with pytest.raises(CortexError) as caught:
+        await second.start()
+    assert caught.value.code is Code.BAD_CONFIG
+    assert "front.listen" in caught.value.what
+    await second.stop()
+    assert len(second._tasks) == 0
+
+
+async def test_a_signal_ends_it_in_good_order(place: Place) -> None:
+    broker = place.broker()
+    running = asyncio.ensure_future(broker.run())
+    await until(lambda: hasattr(broker, "front") and hasattr(broker, "front_url"))
+    await ready(broker)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(running, 10) == 0
+    assert [box.liveness for box in place.engine.sandboxes.values()] == ["running"]
+    after = place.broker()
+    await after.start()
+    await after.registry.delete("ann", "main")
