@@ -75,6 +75,7 @@ class Broker:
         self._passed = listen_fds()
         self._lag = LagMeter()
         self._stopping = asyncio.Event()
+        self._stopped = False
 
     def config(self) -> Config:
         """The settings of the moment."""
@@ -147,12 +148,13 @@ class Broker:
         """What the last broker left running goes on; what nobody knows any more goes away."""
         rows = await self.store.sandboxes()
         outcome = await reconcile(self.driver, self.slots, rows, self.store.sandbox_delete)
+        settling = []
         for adopted in outcome.adopted:
             try:
-                await self.registry.adopt(adopted)
+                settling.append(await self.registry.adopt(adopted))
             except CortexError as error:
                 log.error("not_adopted", slot=adopted.slot.id, error=str(error), hint=error.hint)
-        await self.gateway.table_complete()
+        self._tasks.start(self._complete_table(settling), "gateway_table")
         log.info(
             "reconciled",
             adopted=len(outcome.adopted),
@@ -160,6 +162,12 @@ class Broker:
             quarantined=outcome.quarantined,
             failed=outcome.failed,
         )
+
+    async def _complete_table(self, settling: list[asyncio.Task[None]]) -> None:
+        """Told too early, a gateway that lived on would cut the model calls of turns that go on."""
+        if settling:
+            await asyncio.wait(settling)
+        await self.gateway.table_complete()
 
     async def _meet_gateway(self) -> None:
         """A start waits for the gateway, so that the first session need not; without one it serves all the same."""
@@ -292,6 +300,9 @@ class Broker:
 
     async def stop(self) -> None:
         """Lets go of everything, from the doors inwards; sandboxes go on, and their gateway. Idempotent."""
+        if self._stopped:
+            return
+        self._stopped = True
         self._lag.stop()
         for name in ("front", "control", "registry", "shelf", "http_source"):
             part = getattr(self, name, None)

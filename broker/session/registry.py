@@ -194,8 +194,11 @@ class Registry:
         for session in self._sessions.values():
             session.settings_changed()
 
-    async def adopt(self, adopted: Adopted) -> None:
-        """Takes over a sandbox that outlived the last broker. Raises ``CortexError``; it is put away then."""
+    async def adopt(self, adopted: Adopted) -> asyncio.Task[None]:
+        """Takes over a sandbox that outlived the last broker; the task ends when it is ready, or has failed.
+
+        Raises ``CortexError``; it is put away then.
+        """
         record = adopted.record
         box: Sandbox | None = None
         try:
@@ -204,7 +207,7 @@ class Registry:
             if session is None:
                 raise _no_session(record.user, record.workspace)
             box = self._place(adopted, session)
-            await session.adopt(box)
+            return await session.adopt(box)
         except CortexError:
             if box is not None:
                 await box.put_away(grace_s=self._runtime.config().sandbox.stop_timeout_s)

@@ -294,11 +294,11 @@ class Session:
         else:
             self._mailbox.post(lambda: self._lose(box, f"the sandbox {how_ended(exit_)}"))
 
-    async def adopt(self, box: Sandbox) -> None:
-        """Takes over a sandbox that outlived the last broker; ready when its agent server has redialled."""
-        await self._mailbox.ask(lambda: self._adopt(box))
+    async def adopt(self, box: Sandbox) -> asyncio.Task[None]:
+        """Takes over a sandbox that outlived the last broker; the task ends when it is ready, or has failed."""
+        return cast("asyncio.Task[None]", await self._mailbox.ask(lambda: self._adopt(box)))
 
-    async def _adopt(self, box: Sandbox) -> None:
+    async def _adopt(self, box: Sandbox) -> asyncio.Task[None]:
         if self._custody.left is not None or self._custody.box is not None or not allowed(self._state, Event.ADOPTED):
             raise CortexError(
                 Code.SESSION_CONFLICT, "the session has another sandbox", hint="stop the session to have a new one"
@@ -311,6 +311,7 @@ class Session:
             self._bring_up(bringup, lambda: bringup.readopt(box, configuration.generation, configuration.assembled)),
             "adopt",
         )
+        return self._work
 
     # -- configuration -------------------------------------------------------------------------
 
