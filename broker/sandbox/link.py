@@ -298,7 +298,9 @@ class Link:
             async with asyncio.timeout(self._limits.welcome_timeout_s):
                 welcome = await self.on_hello(self, hello)
         except (TimeoutError, CortexError) as error:
-            self._lose(f"it could not be welcomed: {error}")
+            # Not for a connection that another has taken the place of meanwhile.
+            if self._channel is channel:
+                self._lose(f"it could not be welcomed: {error}")
             return False
         except Exception:
             self._lose("it could not be welcomed")

@@ -37,7 +37,7 @@ class Questions:
                 return await future
         except WireError as error:
             raise CortexError(
-                Code.BAD_CONFIG, "the configuration is too big to send", hint="make it smaller", cause=error
+                Code.BAD_CONFIG, "the configuration cannot be sent", hint="make it smaller, or simpler", cause=error
             ) from error
         except TimeoutError:
             raise CortexError(

@@ -44,9 +44,12 @@ class Owner:
         self.statuses: asyncio.Queue[Status] = asyncio.Queue()
         self.lost: asyncio.Queue[str] = asyncio.Queue()
         self.refuse: Exception | None = None
+        self.pauses: list[asyncio.Event] = []
 
     async def hello(self, link: Link, hello: Hello) -> Welcome:
         self.hellos.append(hello)
+        if self.pauses:
+            await self.pauses.pop().wait()
         if self.refuse:
             raise self.refuse
         return Welcome(incarnation=0, secret=b"", session="s1")
@@ -651,3 +654,21 @@ def test_a_bucket_gives_its_burst_then_its_rate() -> None:
     assert bucket.take(99.0) is False
     other = TokenBucket(1, 10)
     assert [round(other.reserve(5.0), 6) for _ in range(3)] == [0, 0.1, 0.2]
+
+
+async def test_a_connection_whose_place_was_taken_cannot_lose_the_sandbox(sockets: SlotSockets) -> None:
+    async with paired(sockets) as pair:
+        await pair.agent.hello()
+        slow, pair.owner.refuse = asyncio.Event(), CortexError(Code.STORE_ERROR, "slow", hint="-")
+        pair.owner.pauses.append(slow)
+        control = await pair.agent.connect("control")
+        await say(control, pack(Hello(pid=7).encode()))
+        while len(pair.owner.hellos) < 2:
+            await asyncio.sleep(0.001)
+        refuse, pair.owner.refuse = pair.owner.refuse, None
+        await pair.agent.hello()
+        pair.owner.refuse = refuse
+        slow.set()
+        assert await hung_up(control)
+        assert pair.owner.lost.empty()
+        await served(pair)
