@@ -98,9 +98,10 @@ def verify_hook(keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, 
     hook_id = headers.get("webhook-id", "")
     stamp = headers.get("webhook-timestamp", "")
     given = headers.get("webhook-signature", "").split(" ")[:MAX_SIGNATURES]
-    if not hook_id or len(hook_id) > 256 or "." in hook_id or not (stamp.isascii() and stamp.isdigit()):
+    good_id = hook_id.isascii() and hook_id.isprintable() and 0 < len(hook_id) <= 256 and "." not in hook_id
+    if not good_id or not (stamp.isascii() and stamp.isdigit()):
         raise _bad_signature("webhook-id or webhook-timestamp is missing or malformed")
-    signed = f"{hook_id}.{stamp}.".encode(errors="replace") + body
+    signed = f"{hook_id}.{stamp}.".encode() + body
     good = [b"v1," + base64.b64encode(hmac.digest(key, signed, "sha256")) for key in keys]
     matches = [hmac.compare_digest(ours, text.encode(errors="replace")) for ours in good for text in given]
     if not any(matches):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from broker.errors import Code, CortexError
 from tests.unit.broker.control.conftest import HOOK_KEY, Api, sign
 
 
@@ -60,6 +61,7 @@ async def test_outside_the_tolerance(api: Api, seconds: int) -> None:
         {"webhook-signature": "v1a,AAAA"},
         {"webhook-id": "msg_2"},
         {"webhook-id": "msg.1"},
+        {"webhook-id": ""},
         {"webhook-timestamp": "1e9"},
         {"webhook-timestamp": "-1"},
         {"webhook-timestamp": ""},
@@ -91,3 +93,17 @@ async def test_a_hook_secret_opens_nothing_else(api: Api) -> None:
     headers = sign(raw, "m", api.clock[0])
     for method, path in (("GET", "/v1/sessions"), ("DELETE", "/v1/users/a"), ("GET", "/v1/users/a/config/env")):
         assert (await api.call(method, path, headers=headers))[0] == 401
+
+
+@pytest.mark.parametrize("stranger", ["msg\udc80", "msg\u00e9"])
+async def test_an_id_of_odd_bytes_does_not_pass_for_the_one_that_was_signed(api: Api, stranger: str) -> None:
+    """Whatever replaces such bytes must not make a captured call a new one."""
+    raw = json.dumps({"user": "alice"}).encode()
+    for signed in (
+        stranger.encode(errors="replace").decode(),
+        stranger.encode(errors="surrogateescape").decode("latin-1"),
+    ):
+        headers = sign(raw, signed, api.clock[0]) | {"webhook-id": stranger}
+        with pytest.raises(CortexError) as caught:
+            api.access.verify_hook(headers, raw)
+        assert caught.value.code is Code.HOOK_SIGNATURE
