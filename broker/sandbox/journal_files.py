@@ -54,8 +54,9 @@ class JournalFiles:
                 numbers.append(number)
                 for old in numbers[: -self.keep]:
                     os.unlink(_name(old), dir_fd=directory)
-                # A synced record in a file that has no name would be lost with the power.
-                os.fsync(directory)
+            # A synced record in a file that has no name would be lost with the power; an earlier run, or an
+            # earlier try, may have made the file and no more.
+            os.fsync(directory)
         except OSError:
             os.close(fd)
             raise
