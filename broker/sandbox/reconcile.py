@@ -147,8 +147,13 @@ def _adopt(slots: Slots, record: SandboxRecord, sandbox: Found, outcome: Outcome
     key = home_key(record.user, record.workspace)
     if slots.has_home(key):
         # The one in use is the real one; the other came from elsewhere.
-        slots.quarantine_rest(key, "a home of the same key is in a running sandbox")
-        outcome.quarantined.append(record.slot)
+        try:
+            slots.quarantine_rest(key, "a home of the same key is in a running sandbox")
+            outcome.quarantined.append(record.slot)
+        except CortexError as error:
+            # It goes on all the same: when the sandbox ends, the home in it is set aside instead.
+            log.error("home_not_quarantined", slot=record.slot, error=str(error))
+            outcome.failed[record.slot] = str(error)
     outcome.adopted.append(Adopted(record, sandbox, place))
 
 

@@ -156,8 +156,8 @@ class Slots:
 
     def ids(self) -> list[str]:
         """Ids of all slots on disk."""
-        with mapped("list slots"):
-            return sorted(name for name in os.listdir(self._slots) if _SLOT.fullmatch(name))
+        with mapped("list slots"), os.scandir(self._slots) as found:
+            return sorted(one.name for one in found if _SLOT.fullmatch(one.name) and one.is_dir(follow_symlinks=False))
 
     def owners(self) -> dict[str, str]:
         """Slot → key of the home that is in it."""

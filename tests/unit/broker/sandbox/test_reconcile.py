@@ -190,3 +190,15 @@ def test_every_sandbox_and_slot_has_one_fate(
         assert row.slot == slot == sandbox.slot
         assert row.welcomed
         assert owners[slot] == home_key(row.user, row.workspace)
+
+
+async def test_a_home_that_cannot_be_set_aside_keeps_no_broker_from_starting(house: House) -> None:
+    running, other = house.slot(), house.slot("bob")
+    (house.state / "homes" / home_key("ann", "main") / "home").mkdir(parents=True)
+    (house.state / "quarantine").rmdir()
+    house.driver.place("r", running)
+    outcome = await house.run(Row(running))
+    assert [adopted.slot.id for adopted in outcome.adopted] == [running]
+    assert "quarantine" in outcome.failed[running]
+    assert outcome.freed == [other]
+    assert house.at_rest("bob") == "bob"

@@ -278,3 +278,10 @@ def test_home_key_is_always_a_plain_name(user: str, workspace: str) -> None:
     key = home_key(user, workspace)
     assert len(key) == 32
     assert set(key) <= set("0123456789abcdef")
+
+
+def test_a_stray_file_among_the_slots_is_no_slot(slots: Slots, tmp_path: Path) -> None:
+    slot = slots.create(slots.new_id())
+    (tmp_path / "state" / "slots" / "stray").touch()
+    assert slots.ids() == [slot.id]
+    assert slots.owners() == {}
