@@ -672,3 +672,18 @@ async def test_a_connection_whose_place_was_taken_cannot_lose_the_sandbox(socket
         assert await hung_up(control)
         assert pair.owner.lost.empty()
         await served(pair)
+
+
+async def test_of_two_that_dialled_before_the_first_hello_one_is_welcomed(sockets: SlotSockets) -> None:
+    async with paired(sockets) as pair:
+        first, second = await pair.agent.connect("control"), await pair.agent.connect("control")
+        # Both preambles are read, and both were right to have no secret, before either says Hello.
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        await say(first, pack(Hello(pid=1).encode()))
+        assert await read(first)
+        await say(second, pack(Hello(pid=2).encode()))
+        assert await hung_up(second)
+        assert [hello.pid for hello in pair.owner.hellos] == [1]
+        assert pair.link.violations == 1
+        assert pair.link.connected
