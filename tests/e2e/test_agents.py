@@ -106,11 +106,12 @@ async def test_an_answer_is_streamed_and_the_provider_gets_the_real_key(
         assert "placeholder" not in str(request["headers"])
 
 
+@pytest.mark.parametrize("cli", [CLAUDE, CODEX, GEMINI, OPENCODE], ids=lambda cli: cli.name)
 async def test_a_tool_runs_in_the_workspace_after_the_client_allowed_it(
     cli: Cli, world: tuple[BrokerProcess, StandIn]
 ) -> None:
     broker, _ = world
-    made = await broker.session(f"bob-{cli.name}", cli.name)
+    made = await broker.session(f"ann-{cli.name}", cli.name)
     client = Client(permission="allow_once")
     async with connected(made["acp_url"], made["token"], client) as agent:
         session = await agent.new_session(cwd="C:\\Users\\bob", mcp_servers=[])
