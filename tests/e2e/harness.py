@@ -212,6 +212,21 @@ async def running(
         assert not left, f"{name} that nobody owns any more: {left}\n{broker.log_tail()}"
 
 
+async def start_fails(broker: BrokerProcess) -> tuple[int, str]:
+    """Exit status and log of a broker that cannot start."""
+    process = await broker.spawn()
+    try:
+        async with asyncio.timeout(15):
+            status = await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise AssertionError(f"it hangs\n{broker.log_tail()}") from None
+    assert status not in (0, -9), broker.log_tail()
+    assert "Traceback" not in broker.log_tail()
+    return status, broker.log_tail()
+
+
 class Client:
     """Collects what an editor would show. ``permission`` picks an option's kind."""
 
