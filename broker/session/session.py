@@ -68,16 +68,8 @@ class Session:
         self._closed = False
         self._timelines: deque[Timeline] = deque(maxlen=runtime.config().session.timeline_length)
         self.idle_since = clock()
-        self._subject = Subject(
-            self.user,
-            self.workspace,
-            self.id,
-            self.agent,
-            self.on_status,
-            self.on_lost,
-            self._on_placed,
-            self._on_package,
-        )
+        names = (self.user, self.workspace, self.id, self.agent)
+        self._subject = Subject(*names, self.on_status, self.on_lost, self._on_placed, self._on_package)
         self._configuration = Configuration(runtime, self._subject, row, clock)
         SESSIONS.labels(self._state).inc()
         self._tasks.start(self._mailbox.run(), "actor")

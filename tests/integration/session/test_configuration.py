@@ -314,3 +314,33 @@ async def test_a_store_that_is_down_does_not_stop_what_works() -> None:
 
 async def _refuses(row: object) -> None:
     raise engine_down()
+
+
+async def test_a_change_that_nobody_waits_for_during_a_bringup_is_applied_all_the_same() -> None:
+    async with rig() as world:
+        slow = Slow()
+        world.sources.append(slow)
+        slow.go.clear()
+        session = await world.session()
+        await until(lambda: slow.asked == 1)
+        slow.sections = {"env": {"A": "2"}}
+        session.settings_changed()
+        await until(lambda: session._mailbox.idle)
+        slow.go.set()
+        await session.wait_ready()
+        await until(lambda: not session._configuration.dirty)
+        assert world.box.binds[-1].parts["process"]["env"]["A"] == "2"
+
+
+async def test_a_change_that_comes_while_sources_are_read_leaves_it_dirty() -> None:
+    async with rig() as world:
+        slow = Slow()
+        world.sources.append(slow)
+        session = await world.ready()
+        slow.go.clear()
+        applying = asyncio.ensure_future(session.config_changed("env"))
+        await until(lambda: slow.asked == 2)
+        session._configuration.changed()
+        slow.go.set()
+        assert (await applying).state == "applied"
+        assert session._configuration.dirty
