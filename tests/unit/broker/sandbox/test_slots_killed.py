@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from broker.sandbox import slots as module
 from broker.sandbox.reconcile import reconcile
 from broker.sandbox.slots import Slots, home_key
 from tests.unit.broker.sandbox.box_driver import BoxDriver
@@ -27,7 +26,7 @@ class Kill:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._real = os.rename
         self._left = -1
-        monkeypatch.setattr(module.os, "rename", self._rename)
+        monkeypatch.setattr(os, "rename", self._rename)
 
     def at(self, number: int) -> None:
         self._left = number
