@@ -181,3 +181,20 @@ async def test_a_slot_that_just_does_not_fit_is_refused_and_hides_no_other(link:
     peer.close()
     for sock in pair:
         sock.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+async def test_a_process_of_another_user_is_no_gateway(link: GatewayLink) -> None:
+    for path, mode in ((link.path, 0o666), (link.path.parent, 0o711), (link.path.parent.parent, 0o711)):
+        path.chmod(mode)
+    os.seteuid(65_534)
+    try:
+        stranger = Peer(link.path)
+    finally:
+        os.seteuid(0)
+    assert await stranger.hear() == {}
+    peer = Peer(link.path)
+    await peer.greet()
+    await link.wait_connected(5)
+    peer.close()
+    stranger.close()
