@@ -221,7 +221,11 @@ class Client(asyncio.Protocol):
         out, self._out = self._out, []
         self._sent += self._out_bytes
         self._out_bytes = 0
-        if self._transport is not None and not self.closing:
+        if self._transport is None or self.closing:
+            return
+        if len(out) == 1:
+            self._transport.write(out[0])
+        else:
             self._transport.writelines(out)
 
     def stalled(self, now: float, timeout: float) -> bool:

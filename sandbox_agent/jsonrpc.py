@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 Message = dict[str, Any]
@@ -39,14 +40,20 @@ def _finite(token: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+_SCAN: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined]
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 _ASCII = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def parse(text: bytes | str) -> Any:
     """The value in ``text`` (UTF-8). Raises ``ValueError``, also for NaN, infinity and too deep nesting."""
+    if isinstance(text, bytes):
+        text = text.decode()
     try:
-        return _DECODER.decode(text if isinstance(text, str) else text.decode())
+        value, end = _SCAN(text, 0)
+        return value if end == len(text) else _DECODER.decode(text)
+    except StopIteration:
+        return _DECODER.decode(text)  # white space before it, or the proper error
     except RecursionError:
         raise ValueError("too deeply nested") from None
 

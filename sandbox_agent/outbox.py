@@ -224,14 +224,15 @@ class Outbox:
             for client in group:
                 if client is not item.without:
                     client.offer(item.position, item.frame)
-            touched |= group
+            touched.update(group)
         for client in touched:
             client.push()
-            if not client.direct:
+            if client.cursor is not None:
                 self._behind.add(client)
         if results:
             self._journal.sync()
-        self.pump_all()
+        if self._behind:
+            self.pump_all()
 
     def _fall_behind(self, client: Client, position: int) -> None:
         if client.cursor is None:
