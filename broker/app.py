@@ -30,6 +30,7 @@ from broker.host.systemd import Notifier, feed_watchdog, listen_fds
 from broker.host.tasks import TaskOwner
 from broker.host.watch import watch
 from broker.metrics import CONFIG_RELOADS
+from broker.readiness import readiness
 from broker.sandbox.drivers import make_driver, sandbox_uid
 from broker.sandbox.packages import PackageShelf
 from broker.sandbox.reconcile import reconcile
@@ -209,20 +210,7 @@ class Broker:
 
     async def health(self) -> dict[str, str]:
         """What readiness depends on: "" is good, else what is wrong."""
-        checks = {
-            "store": "",
-            "engine": "",
-            "gateway": "" if self.gateway.connected else "the gateway is not connected",
-        }
-        try:
-            await self.db.read("SELECT 1")
-        except CortexError as error:
-            checks["store"] = str(error)
-        try:
-            await self.driver.list()
-        except CortexError as error:
-            checks["engine"] = f"{error}; {error.hint}"
-        return checks
+        return await readiness(self.db, self.driver, self.gateway, _place(self.config().broker.state_dir))
 
     # -- changes while running -----------------------------------------------------------------
 

@@ -103,6 +103,7 @@ class BringUp:
             raise CortexError(
                 Code.BRINGUP_TIMEOUT,
                 f"the session was not ready in {timeout:g} s; the last stage that began was {last!r}",
+                cause=self.sandbox.status.what if self.sandbox and self.sandbox.status else None,
                 hint="look at the session's timeline; raise session.bringup_timeout_s if the host is slow",
             ) from error
         except CortexError as error:

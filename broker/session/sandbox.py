@@ -32,6 +32,11 @@ from sandbox_agent.wire.messages import Bound, Hello, Status, Welcome
 
 log = structlog.get_logger(__name__)
 
+PROBE_S = 5.0
+"""How long an agent server may take to say how it is, and never longer than ``probe_interval_s``."""
+PROBES = 2
+"""So many questions left unanswered, and the sandbox counts as dead."""
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -76,6 +81,8 @@ class Sandbox:
     asked: bool = False
     """The engine was asked for a container; it may exist though no ``ref`` came back."""
     boot_hash: str = ""
+    pss_bytes: int = 0
+    """The agent server's own memory when it was last asked."""
     gateway_hash: str = ""
     applied: dict[str, str] = field(default_factory=dict)
     wanted: Wanted | None = None
@@ -154,6 +161,24 @@ class Sandbox:
                 return
             self.ready.clear()
             await self.ready.wait()
+
+    async def unresponsive(self) -> str:
+        """Asks how the agent server is, every ``probe_interval_s``; returns why when it leaves that unanswered.
+
+        A connection that is gone is the link's to judge.
+        """
+        missed = 0
+        while True:
+            interval = self.runtime.config().sandbox.probe_interval_s
+            try:
+                self.pss_bytes = (await self.link.probe(timeout=min(PROBE_S, interval))).pss_bytes
+                missed = 0
+            except CortexError as error:
+                missed += self.link.connected
+                if missed == PROBES:
+                    return f"its agent server left {missed} questions in a row unanswered: {error}"
+            if missed == 0:
+                await asyncio.sleep(interval)
 
     # -- what the agent server is told ---------------------------------------------------------
 
@@ -288,7 +313,7 @@ class Sandbox:
             "agent_state": status.agent if status else "unknown",
             "agent_pid": status.agent_pid if status else 0,
             "open_turns": status.open_turns if status else 0,
-            "pss_bytes": status.pss_bytes if status else 0,
+            "pss_bytes": self.pss_bytes,
             "agent_started_ms": status.started_ms if status else 0.0,
         }
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 import structlog
 
 from broker.errors import Code, CortexError
-from broker.host.tasks import TaskOwner
+from broker.host.tasks import TaskOwner, first_of
 from broker.metrics import CONFIG_ASSEMBLY, SESSIONS
 from broker.session.bringup import BringUp, Prepared, Subject
 from broker.session.clients import Clients
@@ -277,14 +277,15 @@ class Session:
             await self._fail(error)
 
     async def _watch(self, box: Sandbox) -> None:
-        """The sandbox's end is an event like any other."""
+        """The sandbox's end is an event like any other; one that no longer answers has ended too."""
         try:
-            exit_ = await self._runtime.driver.wait(box.ref)
+            exit_, why = await first_of(self._runtime.driver.wait(box.ref), box.unresponsive())
         except CortexError as error:
             # Its link ends too, a little later.
             log.warning("sandbox_not_watched", session=self.id, slot=box.slot.id, error=str(error))
         else:
-            self._mailbox.post(lambda: self._lose(box, f"the sandbox {how_ended(exit_)}"))
+            reason = f"the sandbox {how_ended(exit_)}" if exit_ is not None else str(why)
+            self._mailbox.post(lambda: self._lose(box, reason))
 
     async def adopt(self, box: Sandbox) -> asyncio.Task[None]:
         """Takes over a sandbox that outlived the last broker; the task ends when it is ready, or has failed."""

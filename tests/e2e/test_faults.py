@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -435,3 +437,33 @@ async def test_an_agent_that_babbles_hurts_nobody(house: BrokerProcess, bystande
         assert (await do("break 1")) == {"done": 1}
     assert memory(house) < before + 96 * 2**20
     assert (await view(house, "babble"))["state"] == "ready"
+
+
+def agent_server(slot: str) -> int:
+    """The process that has the slot mounted and runs the agent server."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes()
+            mounts = (entry / "mountinfo").read_text()
+        except OSError:
+            continue
+        if b"python" in command.split(b"\0")[0] and b"sandbox_agent/__main__.py" in command and slot in mounts:
+            return int(entry.name)
+    raise AssertionError(f"no agent server in slot {slot}")
+
+
+@needs_bubblewrap
+async def test_an_agent_server_that_no_longer_answers_is_replaced(place: Path) -> None:
+    async with running(place, "process", "probe_interval_s = 1\n") as broker:
+        made = await broker.session("ann")
+        slot = (await view(broker, "ann"))["sandbox"]["slot"]
+        os.kill(agent_server(slot), signal.SIGSTOP)
+        async with asyncio.timeout(15):
+            while (await view(broker, "ann"))["state"] == "ready":
+                await asyncio.sleep(0.2)
+        client = Client()
+        async with connected(made["acp_url"], made["token"], client) as agent:
+            session = await agent.new_session(cwd="/", mcp_servers=[])
+            await turn(agent, session.session_id, "well again")
+        assert "well again" in client.text
+        assert (await view(broker, "ann"))["sandbox"]["slot"] != slot
