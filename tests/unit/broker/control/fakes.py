@@ -86,7 +86,11 @@ class Agent:
             script = json.loads(text)
             for message in script["say"]:
                 await self.say(message)
+            for message in self.session.extra:  # plain, no ping
+                self.ws.send_text(json.dumps({"jsonrpc": "2.0", **message}).encode())
+                await asyncio.get_running_loop().sock_sendall(self.sock, b"".join(self.ws.data_to_send()))
             await self.say({"id": ident, "result": script["result"]})
+            self.session.turns_done.set()
         elif text != "hang":
             for seq, word in enumerate(text.split(), 1):
                 await self.update(word, seq)
@@ -111,6 +115,7 @@ class FakeSession:
         self.closed: list[tuple[int, str]] = []
         self.heard: list[dict[str, Any]] = []
         self.asked: Any = None
+        self.extra: list[dict[str, Any]] = []
         self.policy = "ask"
         self.broken: CortexError | None = None
         self.gate = asyncio.Event()

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
+from broker.control import requests
 from broker.errors import Code, CortexError
 from tests.unit.broker.control.conftest import ADMIN, Api
 
@@ -254,3 +255,15 @@ async def test_health_and_metrics(api: Api) -> None:
     assert (await api.call("GET", "/livez", headers={}))[0] == 200
     async with api.http.get(f"{api.url}/metrics") as response:
         assert "cortex_store_reads_total" in await response.text()
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "BODY_TIMEOUT_S", 0.1)
+    head = f"POST /v1/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {ADMIN}\r\n"
+    host = urlsplit(api.url)
+    reader, writer = await asyncio.open_connection(host.hostname, host.port)
+    writer.write(f"{head}Content-Length: 10\r\n\r\n{{".encode())
+    async with asyncio.timeout(5):
+        assert b" 400 " in await reader.readline()
+        await reader.readuntil(b"did not arrive")
+    writer.transport.abort()

@@ -11,7 +11,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from broker.config import Config
 from broker.control.acp import AcpStream, decide
+from broker.control.prompt import MAX_EVENTS
 from broker.errors import Code, CortexError
 from tests.unit.broker.control.conftest import ADMIN, Api
 
@@ -171,13 +173,32 @@ async def test_the_turn_goes_on_when_the_http_client_leaves(api: Api) -> None:
     session, _ = await api.registry.create("alice", "main", None)
     session.step.clear()
     headers = {"Authorization": f"Bearer {ADMIN}"}
-    response = await api.http.post(api.url + PATH, json={"text": "a b c"}, headers=headers)
+    session.extra = [{"method": "session/update", "params": {}}] * (MAX_EVENTS * 2)
+    text = json.dumps({"say": [], "result": {}})
+    response = await api.http.post(api.url + PATH, json={"text": text}, headers=headers)
     response.close()
     session.step.set()
     async with asyncio.timeout(10):
         await session.turns_done.wait()
         while session.clients:
             await asyncio.sleep(0)
+
+
+async def test_a_client_that_does_not_read_is_let_go(api: Api) -> None:
+    config = Config.model_validate({"front": {"stall_timeout_s": 0.5}})
+    object.__setattr__(api.control, "config", lambda: config)
+    session, _ = await api.registry.create("alice", "main", None)
+    # More than the queue and what the kernel takes.
+    session.extra = [{"method": "session/update", "params": {"text": "x" * 50_000}}] * (MAX_EVENTS + 150)
+    raw = json.dumps({"text": json.dumps({"say": [], "result": {}})}).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {ADMIN}\r\n"
+    _, writer = await asyncio.open_connection(*api.url.removeprefix("http://").split(":"), limit=1000)
+    writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+    async with asyncio.timeout(20):
+        await session.turns_done.wait()
+        while session.clients:
+            await asyncio.sleep(0.01)
+    writer.close()
 
 
 async def test_held_frames_wait_for_release(api: Api) -> None:
