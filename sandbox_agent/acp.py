@@ -8,6 +8,7 @@ Everything runs on the loop and is synchronous, but for opening, rolling and syn
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -35,6 +36,8 @@ CONGESTED_S = 0.02
 """Pause before an agent that took nothing is looked at again."""
 MAX_EARLY = 1000
 """Lines of the agent that wait for the journal or for the answer that names their session."""
+GOODBYE_S = 0.5
+"""How long ``close`` waits until clients have their close frames."""
 MESSAGES_A_TURN = 64
 """Messages of one client before others have a turn."""
 
@@ -53,6 +56,12 @@ def is_update(message: Any) -> bool:
     )
 
 
+def status_message(state: str, code: str = "", what: str = "", hint: str = "", session_id: str = "") -> Message:
+    """A ``_cortex/status`` notification; what is empty is left out."""
+    params = {"state": state, "code": code, "what": what[:2000], "hint": hint, "sessionId": session_id}
+    return {"jsonrpc": "2.0", "method": "_cortex/status", "params": {k: v for k, v in params.items() if v}}
+
+
 class AcpHub:
     """Satisfies ``port.AgentHub``. ``grant`` asks for journal files; ``on_change`` hears when
     ``agent_info``, ``open_turns`` or ``clients`` have changed. Needs a running loop.
@@ -69,6 +78,8 @@ class AcpHub:
         self._welcome = welcome
         self._on_change = on_change
         self._opened = False
+        self._closed = False
+        self._empty = asyncio.Event()
         self._early: deque[bytes] = deque()
         self._orphans: deque[tuple[str, bytes]] = deque()
         self._tasks = TaskOwner("acp")
@@ -178,7 +189,7 @@ class AcpHub:
         self.agent_info = ""
         self._orphans.clear()
         self._asks.agent_down()
-        self._agent.down(what, final=final)
+        self._agent.down(what or "it ended", final=final)
         for conversation in list(self._conversations.by_number.values()):
             self._restorer.agent_down(conversation)
         self._turns.agent_down(what, final=final)
@@ -261,6 +272,9 @@ class AcpHub:
 
     def serve(self, sock: socket.socket, attach: Attach) -> None:
         """A client's stream."""
+        if self._closed:
+            sock.close()
+            return
 
         def make() -> Client:
             return Client(
@@ -286,6 +300,10 @@ class AcpHub:
         client.number = self._conversations.next_client
         self._conversations.next_client += 1
         client.subscriptions[0] = self._journal.seq
+        if client.attach.cortex and not self._agent.ready:
+            broken = self._agent.broken
+            status = status_message("failed" if broken else "starting", "agent.failed" if broken else "", broken)
+            self._outbox.tell(client, status)
 
     def client_spoke(self, client: Client) -> None:
         """Takes its messages, if journal and agent are there."""
@@ -317,6 +335,8 @@ class AcpHub:
             if conversation is not None:
                 conversation.subscribers.discard(client)
         self.clients = len(self._outbox.clients)
+        if not self.clients:
+            self._empty.set()
         self._changed()
 
     def _client_message(self, client: Client, text: str) -> None:
@@ -382,10 +402,9 @@ class AcpHub:
 
     def _tell(self, state: str, code: str = "", what: str = "", hint: str = "", session_id: str = "") -> None:
         """``_cortex/status`` for the clients that understand it."""
-        params = {"state": state, "code": code, "what": what[:2000], "hint": hint, "sessionId": session_id}
-        message = {"jsonrpc": "2.0", "method": "_cortex/status", "params": {k: v for k, v in params.items() if v}}
         if not self._opened:
             return
+        message = status_message(state, code, what, hint, session_id)
         for client in list(self._outbox.clients):
             if client.attach.cortex:
                 self._outbox.tell(client, message)
@@ -416,6 +435,7 @@ class AcpHub:
 
     async def close(self) -> None:
         """Journals what there is, lets clients go, syncs."""
+        self._closed = True
         self._tick.cancel()
         for timer in (self._congested, self._space):
             if timer is not None:
@@ -423,7 +443,11 @@ class AcpHub:
         self._outbox.flush()
         self._outbox.close()
         self._agent.close()
+        self._empty.clear()
         for client in list(self._outbox.clients):
             client.close(1001, "session.stopped: the sandbox stops; connect again to start it")
         await self._tasks.close()
+        if self._outbox.clients:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), GOODBYE_S)
         await self._journal.close()

@@ -25,7 +25,8 @@ MAX_NEW = 8
 PAGE = 100
 """Conversations in one answer to ``session/list``."""
 REFUSED = ("authenticate", "logout", "providers/", "auth/")
-UNHURRIED = ("session/", "initialize")
+NO_NOTIFICATIONS = ("$/", "_cortex/", "session/", "initialize", *REFUSED)
+HURRIED = ("session/", "initialize")
 """Methods that an agent has to answer within its deadline; others may be long by design."""
 
 Handler = Callable[[Client, Any, Message], None]
@@ -338,7 +339,7 @@ class Requests:
             else:
                 self._give(client, request_id, reply, found)
 
-        call = self._agent.call(method, params, done, deadline=method.startswith(UNHURRIED))
+        call = self._agent.call(method, params, done, deadline=method.startswith(HURRIED))
         client.calls[token] = (method, request_id, call)
         return True
 
@@ -356,10 +357,8 @@ class Requests:
     # -- notifications ---------------------------------------------------------------------------
 
     def notified(self, client: Client, message: Message) -> None:
-        """A notification from a client."""
+        """A notification from a client. What has to be a request, or is refused as one, goes nowhere."""
         method, params = message["method"], message.get("params")
-        if method.startswith(("$/ping", "_cortex/")):
-            return
         if method == "$/cancel_request":
             self._cancel_request(client, params)
             return
@@ -368,6 +367,8 @@ class Requests:
             if found is not None:
                 self._asks.cancel(found)
                 self._turns.cancel(found, client)
+            return
+        if method.startswith(NO_NOTIFICATIONS):
             return
         if isinstance(params, dict):
             params = jsonrpc.without_cortex(params)

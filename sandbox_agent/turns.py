@@ -164,14 +164,18 @@ class Turns:
     # -- ending ----------------------------------------------------------------------------------
 
     def _finish(self, turn: Turn, outcome: Message) -> None:
-        """Journals how it ended and answers everybody who waits; then the next one's turn."""
+        """Journals how it ended and answers everybody who waits; then the next one's turn.
+
+        A prompt that failed before the agent had it may be sent again under its message id.
+        """
         if turn.conversation.turn is not turn and turn not in turn.conversation.queue:
             return
-        body = {"of": turn.seq, "message_id": turn.message_id, **outcome}
+        final = turn.call != 0 or "result" in outcome
+        body = {"of": turn.seq, "message_id": turn.message_id if final else "", **outcome}
         self._outbox.note(records.END, body, turn.conversation)
         for number, request_id in turn.waiters:
             self._outbox.result(number, request_id, outcome, turn.conversation)
-        self._conversations.prompt_ended(turn, outcome)
+        self._conversations.prompt_ended(turn, outcome if final else None)
         self._outbox.flush()
         self._over(turn)
 

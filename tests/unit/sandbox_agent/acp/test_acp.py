@@ -301,6 +301,10 @@ async def test_signing_in_and_providers_are_refused(bench: Bench) -> None:
     for method in ("authenticate", "providers/set", "providers/list", "logout"):
         reply = await peer.request(method, {"methodId": "login"})
         assert reply["error"]["data"]["code"] == "access.forbidden"
+        await peer.notify(method, {"methodId": "login"})
+    for method in ("session/prompt", "session/new", "initialize"):
+        await peer.notify(method, {"sessionId": "s1", "prompt": []})
+    await peer.request("session/list")
     assert {m["method"] for m in bench.agent.got} == {"initialize"}
 
 

@@ -101,8 +101,9 @@ async def test_when_the_agent_is_given_up_everybody_is_told_and_history_can_stil
     bench.start()
     peer = bench.connect()
     session = await bench.session(peer)
-    requests = [await bench.prompt(peer, session, text) for text in ("one", "two")]
+    requests = [await bench.prompt(peer, session, text, text) for text in ("one", "two")]
     await bench.agent.asked("session/prompt")
+    await peer.request("session/list")
     bench.hub.agent_down("it exited with 1: no such model", final=True)
     for request in requests:
         assert (await peer.answer_to(request))["error"]["data"]["code"] == "agent.failed"
@@ -118,8 +119,9 @@ async def test_when_the_agent_is_given_up_everybody_is_told_and_history_can_stil
     agent = bench.agent = Agent()
     agent.hub = bench.hub
     bench.hub.agent_up(agent, SPEC)
-    await bench.prompt(late, session, "three")
-    await agent.asked("session/prompt")
+    assert "error" in await late.request("session/prompt", prompt(session, "one", "one"))
+    await bench.prompt(late, session, "two", "two")
+    assert (await agent.asked("session/prompt"))["params"]["prompt"][0]["text"] == "two"
 
 
 async def test_an_agent_of_another_protocol_version_is_an_error_and_not_a_wait(bench: Bench) -> None:
@@ -343,3 +345,31 @@ async def test_the_broker_may_be_away_while_agent_and_journal_work(bench: Bench)
     late = bench.connect()
     await late.request("session/load", {"sessionId": session, **LOAD})
     assert len(texts(late)) == 16
+
+
+async def test_wherever_the_journal_was_cut_off_it_opens_and_gives_what_is_whole(bench: Bench) -> None:
+    bench.start()
+    peer = bench.connect()
+    session = await bench.session(peer)
+    for number in range(3):
+        request = await bench.prompt(peer, session, f"q{number}", f"m{number}")
+        await bench.agent.asked("session/prompt", number + 1)
+        bench.agent.update(session, f"a{number}")
+        bench.agent.answer("session/prompt", {"stopReason": "end_turn"})
+        await peer.answer_to(request)
+    await bench.crash()
+    [path] = bench.files.directory.glob("*.seg")
+    whole = path.read_bytes()
+    lengths = []
+    for cut in range(len(whole), 0, -97):
+        path.write_bytes(whole[:cut])
+        bench.start(agent=Agent())
+        again = bench.connect()
+        if (await again.request("session/list"))["result"]["sessions"]:
+            await again.request("session/load", {"sessionId": session, **LOAD})
+        expected = [f"{who}{number}" for number in range(3) for who in "qa"]
+        assert texts(again) == expected[: len(texts(again))]
+        lengths.append(len(texts(again)))
+        await bench.crash()
+    assert lengths == sorted(lengths, reverse=True)
+    assert (lengths[0], lengths[-1]) == (6, 0)
