@@ -74,7 +74,10 @@ class Binder:
             servers = _maps(name, value)
             return lambda: self._hub.set_mcp(servers)
         if name == "files":
-            files = [_file(self._home, item) for item in _maps(name, value)[:MAX_FILES]]
+            items = _maps(name, value)
+            if len(items) > MAX_FILES:
+                raise _invalid(f"over {MAX_FILES} files")
+            files = [_file(self._home, item) for item in items]
             return lambda: self._put_files(files)
         if name == "settings":
             if not isinstance(value, dict):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sandbox_agent.bind import Binder
+from sandbox_agent.bind import MAX_FILES, Binder
 from sandbox_agent.port import AgentChannel
 from sandbox_agent.spawn import SpawnError
 from sandbox_agent.wire.messages import AgentSpec, Attach, Bind
@@ -141,3 +141,27 @@ def test_an_agent_that_cannot_start_is_told_and_tried_again(tmp_path: Path) -> N
     seen.refuse = None
     assert binder.apply(Bind(2, 1, parts, {"process": "p", "mcp": "m"})).ok
     assert [name for name, _ in seen.calls] == ["mcp", "process"]
+
+
+def test_a_part_that_failed_half_way_counts_as_nothing(tmp_path: Path) -> None:
+    binder, _ = make(tmp_path)
+
+    def bind(hash_: str, *paths: str) -> Any:
+        files = [{"path": path, "content": hash_.encode()} for path in paths]
+        return binder.apply(Bind(1, 1, {"files": files}, {"files": hash_}))
+
+    assert bind("one", "a", "b/c").ok
+    (tmp_path / "d").symlink_to(tmp_path)
+    failed = bind("two", "a", "d/c")
+    assert (failed.ok, failed.applied) == (False, {})
+    # What was before is not what is there now, so it is not taken for done.
+    assert bind("one", "a", "b/c").ok
+    assert (tmp_path / "a").read_bytes() == b"one"
+
+
+def test_too_many_files_are_refused_not_cut(tmp_path: Path) -> None:
+    binder, _ = make(tmp_path)
+    files = [{"path": f"f{number}", "content": b""} for number in range(MAX_FILES + 1)]
+    bound = binder.apply(Bind(1, 1, {"files": files}, {"files": "h"}))
+    assert (bound.ok, bound.applied) == (False, {})
+    assert list(tmp_path.iterdir()) == []
