@@ -22,7 +22,7 @@ from sandbox_agent.conversations import Conversation, Conversations
 from sandbox_agent.journal import GrantFn, Journal, JournalFailed
 from sandbox_agent.jsonrpc import Message
 from sandbox_agent.outbox import Outbox
-from sandbox_agent.port import AgentChannel, HoldableChannel
+from sandbox_agent.port import AgentChannel
 from sandbox_agent.requests import Requests
 from sandbox_agent.restorer import Restorer
 from sandbox_agent.settings import AgentSettings
@@ -158,7 +158,7 @@ class AcpHub:
     def _disk_full(self, full: bool) -> None:
         """The agent is held back while there is no space; who waits is told when that lasts."""
         channel = self._agent.channel
-        if isinstance(channel, HoldableChannel):
+        if channel is not None:
             channel.hold(full)
         if self._space is not None:
             self._space.cancel()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from sandbox_agent.wire.messages import AgentSpec, Attach
 
 
 class AgentChannel(Protocol):
-    """The agent's standard input."""
+    """The agent's standard streams, as far as the hub works them."""
 
     @property
     def congested(self) -> bool:
@@ -18,13 +18,8 @@ class AgentChannel(Protocol):
     def write(self, line: bytes) -> None:
         """Sends one JSON-RPC message, newline included. Never blocks, never fails."""
 
-
-@runtime_checkable
-class HoldableChannel(AgentChannel, Protocol):
-    """A channel whose other direction can be held back: while the journal has no space."""
-
     def hold(self, held: bool) -> None:
-        """Reads no more of the agent's output, or goes on. Idempotent."""
+        """Reads no more of the agent's output (the journal has no space), or goes on. Idempotent."""
 
 
 class AgentHub(Protocol):

@@ -79,6 +79,7 @@ class AgentStdio:
         self._waiting: deque[memoryview] = deque()
         self._unread = 0
         self._open = {child.stdin, child.stdout, child.stderr}
+        self._held = False
         self._loop.add_reader(child.stdout, self._read_stdout)
         self._loop.add_reader(child.stderr, self._read_stderr)
 
@@ -110,6 +111,16 @@ class AgentStdio:
         if self._unread > MAX_UNREAD_BYTES:
             self._close(self._child.stdin)
             self._on_hung()
+
+    def hold(self, held: bool) -> None:
+        """Leaves the agent's output in its pipe, so that the agent waits, or takes it again."""
+        if held == self._held or self._child.stdout not in self._open:
+            return
+        self._held = held
+        if held:
+            self._loop.remove_reader(self._child.stdout)
+        else:
+            self._loop.add_reader(self._child.stdout, self._read_stdout)
 
     def _put(self, data: memoryview) -> int:
         """Bytes taken; all of them when the agent has closed its end (its exit is on the way)."""

@@ -35,7 +35,8 @@ async def engine() -> AsyncIterator[FakeEngine]:
 @pytest.fixture
 async def world(request: pytest.FixtureRequest, engine: FakeEngine) -> AsyncIterator[Rig]:
     kind = str(request.param)
-    missing = {"docker": kinds.docker_missing, "process": kinds.bwrap_missing}.get(kind, str)()
+    checks: dict[str, Callable[[], str]] = {"docker": kinds.docker_missing, "process": kinds.bwrap_missing}
+    missing = checks[kind]() if kind in checks else ""
     if missing:
         pytest.skip(missing)
 

@@ -90,3 +90,19 @@ async def test_the_end_of_stderr_is_kept_and_the_last_line_is_not_lost() -> None
     channel.finish()
     assert lines == [b"done"]
     assert len(channel.last_words) <= stdio.STDERR_TAIL
+
+
+async def test_output_that_is_held_back_waits_in_the_pipe_and_loses_nothing() -> None:
+    lines: list[bytes] = []
+    child = spawn(["cat"], ENV, "/")
+    channel = _stdio(child, lines)
+    channel.hold(True)
+    channel.hold(True)
+    channel.write(b"held\n")
+    await asyncio.sleep(0.1)
+    assert lines == []
+    channel.hold(False)
+    await _until(lambda: lines == [b"held"])
+    channel.finish()
+    channel.hold(True)
+    os.waitpid(child.pid, 0)

@@ -154,11 +154,11 @@ async def test_names_of_guests_hold_up_no_operators_provider(
     tasks = TaskOwner("test")
     ours, theirs = Resolver(tasks, lambda: 2.0), Resolver(tasks, lambda: 0.05)
     names.answers = {"h": ["127.0.0.1"]}
-    names.hang = threading.Event()
+    hanging = names.hang = threading.Event()
     try:
         slow = [asyncio.ensure_future(theirs.addresses(f"slow{number}")) for number in range(resolve.MAX_LOOKUPS)]
         await asyncio.wait(slow)
-        names.hang, hanging = None, names.hang
+        names.hang = None
         dialling = Dialer(ours, lambda: 2.0, theirs).dial(
             Origin("tcp", "h", port, "", private, pooled), asyncio.Protocol
         )
