@@ -112,7 +112,12 @@ class Broker:
         self.slots.check()
         self.driver = make_driver(config, self.identity.id, self._tasks, self.slots)
         await self.driver.open()
-        self.gateway = GatewayLink(Path(config.gateway.link), self._tasks, settings=lambda: self.config().gateway)
+        self.gateway = GatewayLink(
+            Path(config.gateway.link),
+            self._tasks,
+            settings=lambda: self.config().gateway,
+            on_report=lambda facts: log.info("gateway_report", **facts),
+        )
         await self.gateway.start()
         self.gateway_child = GatewayChild(
             self.gateway, self._tasks, log_level=config.broker.log_level, log_format=config.broker.log_format
@@ -156,13 +161,7 @@ class Broker:
             except CortexError as error:
                 log.error("not_adopted", slot=adopted.slot.id, error=str(error), hint=error.hint)
         self._tasks.start(self._complete_table(settling), "gateway_table")
-        log.info(
-            "reconciled",
-            adopted=len(outcome.adopted),
-            removed=len(outcome.removed),
-            quarantined=outcome.quarantined,
-            failed=outcome.failed,
-        )
+        self._tasks.start(self.slots.empty_trash(), "empty_trash")
 
     async def _complete_table(self, settling: list[asyncio.Task[None]]) -> None:
         """Told too early, a gateway that lived on would cut the model calls of turns that go on."""

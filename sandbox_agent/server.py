@@ -27,6 +27,8 @@ from sandbox_agent.wire.codec import WireError
 from sandbox_agent.wire.messages import Attach, Bind, Build, Built, Hello, Message, Probe, Status, Stop, Welcome
 
 SIGNAL_GRACE_S = 5.0
+MAX_AGENT_INFO = 65_536
+"""Characters."""
 REAP_EVERY_S = 2.0
 """Only as process 1, where orphans become ours."""
 
@@ -152,12 +154,17 @@ class Server:
 
     # -- to the broker --------------------------------------------------------------------------
 
+    def _agent_info(self) -> str:
+        """The broker asks whether there is an answer, not what is in it: an outsized one must not break the link."""
+        info = self.hub.agent_info
+        return info if len(info) <= MAX_AGENT_INFO else "{}"
+
     def _hello(self) -> Hello:
         return Hello(
             pid=os.getpid(),
             applied=dict(self.binder.applied),
             agent=self.process.state,
-            agent_info=self.hub.agent_info,
+            agent_info=self._agent_info(),
             open_turns=self.hub.open_turns,
         )
 
@@ -166,7 +173,7 @@ class Server:
         return Status(
             agent=process.state,
             id=number,
-            agent_info=self.hub.agent_info,
+            agent_info=self._agent_info(),
             agent_pid=process.pid,
             code=process.code,
             what=process.what,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from typing import Protocol
@@ -60,7 +61,7 @@ class Builder:
             built = await self._built(run, call)
             # Published only when nothing that ran in there can still write to it.
             await run.end()
-            return publish(slot, self._slots, call, built)
+            return await asyncio.to_thread(publish, slot, self._slots, call, built)
         finally:
             if await run.put_away():
                 await self._slots.remove(slot.id)

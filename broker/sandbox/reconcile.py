@@ -126,7 +126,6 @@ async def reconcile(
     for slot in decided.free:
         if await _remove_all(driver, slot, decided.remove.get(slot, ()), outcome):
             await _free(slots, slot, forget, outcome)
-    await slots.empty_trash()
     log.info(
         "reconciled",
         adopted=len(outcome.adopted),
