@@ -168,9 +168,9 @@ def last_code(handles: Handles, timeout_s: float) -> int | None:
 def _field(data: bytes, key: str) -> int | None:
     for line in data.splitlines():
         with suppress(ValueError):
-            value = json.loads(line).get(key)
-            if isinstance(value, int):
-                return value
+            told = json.loads(line)
+            if isinstance(told, dict) and isinstance(told.get(key), int):
+                return int(told[key])
     return None
 
 

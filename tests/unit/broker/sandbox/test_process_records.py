@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import stat
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,7 +93,13 @@ def test_status_lines_are_read_whatever_they_are(data: bytes) -> None:
 
 
 def test_a_process_is_known_by_its_start() -> None:
-    with subprocess.Popen(["sleep", "30"]) as child:
+    # It speaks first: the kernel shows the arguments a moment after exec has returned.
+    with subprocess.Popen(["sh", "-c", "echo up; exec sleep 30"], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        deadline = time.monotonic() + 10
+        while child.pid not in procfs.find(["sleep", "30"]) and time.monotonic() < deadline:
+            time.sleep(0.01)
         process = procfs.identify(child.pid)
         assert process is not None
         assert child.pid in procfs.find(["sleep", "30"])
