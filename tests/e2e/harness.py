@@ -203,9 +203,9 @@ async def running(
         assert broker.process is not None
         if broker.process.returncode is not None:
             await broker.start()
-        page = await broker.api("GET", "/v1/sessions?limit=100")
-        paths = [f"/v1/sessions/{view['user']}/{view['workspace']}" for view in page["sessions"]]
-        await asyncio.gather(*(broker.api("DELETE", path) for path in paths))
+        while views := (await broker.api("GET", "/v1/sessions?limit=100"))["sessions"]:
+            paths = [f"/v1/sessions/{view['user']}/{view['workspace']}" for view in views]
+            await asyncio.gather(*(broker.api("DELETE", path) for path in paths))
         await broker.stop()
     for name in ("slots", "homes"):
         left = os.listdir(broker.state_dir / name)
