@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 from collections.abc import Callable
@@ -16,6 +17,20 @@ REDIAL_S = (0.05, 2.0)
 """First and longest pause between dials; each is jittered by half."""
 WELCOME_TIMEOUT_S = 10.0
 MAX_UNSENT = 16 * 2**20
+
+
+class SlotGone(Exception):
+    """The host has erased the slot while this sandbox was out of its sight."""
+
+
+def slot_is_gone(path: str) -> bool:
+    """Whether the directory of socket ``path`` was removed; a mount of it stays, without a link."""
+    try:
+        return os.stat(os.path.dirname(path)).st_nlink == 0
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 class Pause:
@@ -120,7 +135,7 @@ class Control:
             self._connection.send(message)
 
     async def run(self, sock: socket.socket) -> None:
-        """Serves the connection that boot made, then redials until cancelled."""
+        """Serves the connection that boot made, then redials until cancelled. Raises ``SlotGone``."""
         connection = Connection(self._on_message)
         sock.setblocking(False)
         await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=sock)
@@ -128,6 +143,8 @@ class Control:
         pause = Pause()
         while True:
             await asyncio.sleep(pause())
+            if slot_is_gone(self._path):
+                raise SlotGone("the slot was erased: no broker will ever answer there")
             again = await self._redial()
             if again is not None:
                 pause.reset()

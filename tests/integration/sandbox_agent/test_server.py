@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,14 @@ async def test_a_broker_that_restarts_finds_everything_as_it_was(sandbox: Sandbo
     assert (await again.probe(1)).agent_pid == before.agent_pid
     for _ in range(2):
         await broker.stream()
+
+
+async def test_a_sandbox_whose_slot_was_erased_ends_itself(sandbox: Sandbox, broker: Broker) -> None:
+    _, before = await started(sandbox, broker)
+    await broker.stop()
+    shutil.rmtree(sandbox.socks)
+    await sandbox.ended()
+    assert not Path(f"/proc/{before.agent_pid}").exists(), "its agent ended too"
 
 
 async def test_garbage_from_the_broker_is_survived(sandbox: Sandbox, broker: Broker) -> None:
