@@ -22,6 +22,7 @@ from broker.errors import CortexError
 from broker.front.door import FrontDoor
 from broker.gateway.child import GatewayChild
 from broker.gateway.link import GatewayLink
+from broker.host import logs
 from broker.host.files import raise_file_limit
 from broker.host.lag import LagMeter
 from broker.host.listen import listen, url
@@ -41,7 +42,8 @@ from broker.session.providers import BuilderNetwork, FileCredentials
 from broker.session.registry import Registry
 from broker.session.sandbox import Runtime
 from broker.session.sections import default_problems
-from broker.session.sources import FilesSource, HttpSource, StoreSource, touched
+from broker.session.sources import FilesSource, HttpSource, StoreSource
+from broker.session.userfiles import UserFiles
 from broker.settings import Loaded, changed, load
 from broker.store.db import Database
 from broker.store.identity import load as load_identity
@@ -93,7 +95,7 @@ class Broker:
         await self._take_over()
         await self._meet_gateway()
         await self._open_doors()
-        self._watch()
+        await self._watch()
         log.info("started", front=self.front_url, control=self.control_url, driver=self.config().sandbox.driver)
 
     async def _open_state(self) -> None:
@@ -200,30 +202,23 @@ class Broker:
         self.front = FrontDoor(self.registry, self.access, self.config, self._tasks)
         await self.front.start(front)
 
-    def _watch(self) -> None:
+    async def _watch(self) -> None:
+        """Returns when changes are seen from."""
         users_dir = _place(self.config().broker.users_dir)
         users_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._tasks.start(watch(users_dir, self._users_changed, recursive=True), "watch_users")
+        files = UserFiles(users_dir, self.registry, self._tasks)
+        users, file = asyncio.Event(), asyncio.Event()
+        self._tasks.start(watch(users_dir, files.changed, recursive=True, started=users), "watch_users")
+        await users.wait()
         if self._loaded.path is not None:
-            self._tasks.start(watch(self._loaded.path.parent, self._file_changed), "watch_config")
+            self._tasks.start(watch(self._loaded.path.parent, self._file_changed, started=file), "watch_config")
+            await file.wait()
 
     async def health(self) -> dict[str, str]:
         """What readiness depends on: "" is good, else what is wrong."""
         return await readiness(self.db, self.driver, self.gateway, _place(self.config().broker.state_dir))
 
     # -- changes while running -----------------------------------------------------------------
-
-    async def _users_changed(self, paths: set[Path]) -> None:
-        changes: dict[str, list[str]] = {}
-        for user, section in touched(_place(self.config().broker.users_dir), paths):
-            changes.setdefault(user, []).append(section)
-        for user, sections in changes.items():
-            # Each on its own: a session that is starting up makes nobody else wait.
-            self._tasks.start(self._user_changed(user, sections), "user_changed")
-
-    async def _user_changed(self, user: str, sections: list[str]) -> None:
-        for applied in await self.registry.config_changed(user, ", ".join(sections)):
-            log.info("user_config_applied", user=user, sections=sections, state=applied.state)
 
     async def _file_changed(self, paths: set[Path]) -> None:
         if self._loaded.path in paths:
@@ -244,6 +239,8 @@ class Broker:
             self._loaded = new
             CONFIG_RELOADS.labels("applied").inc()
             log.info("reloaded", changed=keys, need_restart=need_restart)
+            if "broker.log_level" in keys:
+                logs.set_level(new.config.broker.log_level)
             if keys:
                 self.registry.settings_reloaded()
                 await self.gateway.settings_changed()

@@ -10,13 +10,26 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 30)]
 Bytes = Annotated[int, Field(ge=1)]
-Listen = Annotated[str, Field(pattern=r"^(unix:/.+|systemd:[A-Za-z0-9._-]+|\[?[A-Za-z0-9.:-]+\]?:\d{1,5})$")]
+
+
+def _port(listen: str) -> str:
+    """A resolver takes a larger port modulo 65536, so that one would listen elsewhere than told."""
+    if not listen.startswith(("unix:", "systemd:")) and int(listen.rpartition(":")[2]) > 65_535:
+        raise ValueError("a port is at most 65535")
+    return listen
+
+
+Listen = Annotated[
+    str,
+    Field(pattern=r"^(unix:/.+|systemd:[A-Za-z0-9._-]+|\[?[A-Za-z0-9.:-]+\]?:[0-9]{1,5})$"),
+    AfterValidator(_port),
+]
 AgentName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
@@ -38,7 +51,7 @@ class BrokerConfig(Section):
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="auto: text on a terminal, JSON lines elsewhere."
     )
-    drain_timeout_s: Seconds = Field(10.0, description="How long SIGTERM lets clients go before it closes them.")
+    drain_timeout_s: Seconds = Field(10.0, description="How long a stop waits for clients to take their close frame.")
     users_dir: Path | None = Field(
         None, description="Watched directory of per-user files USER/SECTION.toml. Default: {state_dir}/users."
     )
@@ -120,9 +133,7 @@ class ProcessConfig(Section):
 
 
 class SandboxSettings(Section):
-    driver: Literal["docker", "process", "fake"] = Field(
-        "docker", description="docker or process; never a silent fallback."
-    )
+    driver: Literal["docker", "process"] = Field("docker", description="docker or process; never a silent fallback.")
     uid: int = Field(0, ge=0, description="Numeric uid of sandboxes. 0: own uid as a developer, else 64321.")
     hello_timeout_s: Seconds = Field(30.0, description="From start to the agent server's hello.")
     stop_timeout_s: Seconds = Field(5.0, description="Grace before a sandbox is killed.")
@@ -225,9 +236,6 @@ class Config(Section):
 
 
 DEMO_AGENT = AgentConfig(command=("{python}", "-I", "-S", "{sandbox_agent}/demo.py"), prewarm="agent", live_mcp=False)
-
-Secret = SecretStr
-"""Wraps a secret so that logs and tracebacks show stars."""
 
 USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+:|-]{0,127}")
 """A user id or workspace name."""

@@ -33,8 +33,9 @@ Check = Callable[[Config], list[Problem]]
 
 _RESTART = (
     *("broker.state_dir", "broker.runtime_dir", "broker.node", "broker.users_dir", "broker.log_format"),
-    *("front.listen", "front.max_connections", "control.listen", "control.max_body_bytes"),
-    *("sandbox.driver", "sandbox.uid", "sandbox.docker.host", "sandbox.process", "gateway.mode", "gateway.link"),
+    *("front.listen", "control.listen", "control.admin_token_file", "control.hook_secrets_file"),
+    *("sandbox.driver", "sandbox.uid", "sandbox.ca_file", "sandbox.docker", "sandbox.process"),
+    *("gateway.mode", "gateway.link"),
 )
 _FILE_KEYS = (
     *("control.admin_token_file", "control.hook_secrets_file", "session.config_url_token_file"),
@@ -69,7 +70,10 @@ class _Sources:
             if name is not None:
                 return name
         line = line_of(self.lines, path)
-        return "" if line is None else f"{self.path}:{line}"
+        if line is not None:
+            return f"{self.path}:{line}"
+        # A table that the file does not know came with what was given below it.
+        return next((name for key, name in self.given.items() if path and key[: len(path)] == tuple(path)), "")
 
     def has(self, path: Sequence[str]) -> bool:
         table: Any = self.tree

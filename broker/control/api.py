@@ -16,7 +16,7 @@ HEADER_LIMIT = 16_384
 
 def build_app(control: Control) -> web.Application:
     """The application; every route is in ``broker.control.table``."""
-    app = web.Application(middlewares=[problems, hosts], client_max_size=control.config().control.max_body_bytes)
+    app = web.Application(middlewares=[problems, hosts])
     app[CONTROL] = control
     app[ROUTE_TABLE] = ROUTES
     for route in ROUTES:

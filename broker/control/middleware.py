@@ -100,7 +100,7 @@ def problem(error: CortexError, *, status: int | None = None) -> web.Response:
 def _refused(error: web.HTTPException, request: web.Request) -> web.Response:
     """The router's own refusals; it knows statuses that have no code of their own."""
     what = {404: "there is no such route", 405: f"{request.method} is not allowed here"}.get(error.status, error.reason)
-    code = Code.NOT_FOUND if error.status == 404 else Code.BAD_REQUEST
+    code = {404: Code.NOT_FOUND, 405: Code.BAD_METHOD}.get(error.status, Code.BAD_REQUEST)
     response = problem(CortexError(code, what, hint="see /v1/openapi.json for the routes"), status=error.status)
     if "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]

@@ -47,7 +47,7 @@ def setup(
     stream: TextIO | None = None,
     env: Mapping[str, str] = os.environ,
 ) -> None:
-    """Sends structlog's and logging's records to ``stream`` (stderr). May be called again, to change the level."""
+    """Sends structlog's and logging's records to ``stream`` (stderr)."""
     out = stream or sys.stderr
     on_terminal = out.isatty()
     as_text = style == "text" or (style == "auto" and on_terminal)
@@ -72,17 +72,21 @@ def setup(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    # Libraries at info are noise; their warnings are not.
-    root.setLevel(max(_LEVELS[level], logging.WARNING) if level != "debug" else logging.INFO)
-    logging.getLogger("broker").setLevel(_LEVELS[level])
+    logging.getLogger().handlers[:] = [handler]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
+    set_level(level)
+
+
+def set_level(level: Level) -> None:
+    """The least level that is logged from now on."""
+    # Libraries at info are noise; their warnings are not.
+    logging.getLogger().setLevel(max(_LEVELS[level], logging.WARNING) if level != "debug" else logging.INFO)
+    logging.getLogger("broker").setLevel(_LEVELS[level])
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]))
 
 
 def redact(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

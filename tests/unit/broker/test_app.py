@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import structlog
 
 from broker import app
 from broker.app import CHECKS, Broker
@@ -54,6 +56,7 @@ class Place:
             "sandbox.stop_timeout_s": 0.2,
             **{name.replace("__", "."): value for name, value in changes.items()},
         }
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         made = Broker(load(self.file, {}, overrides=overrides, checks=CHECKS), overrides)
         self.brokers.append(made)
         return made
@@ -138,6 +141,19 @@ async def test_files_that_change_reach_a_running_session(place: Place) -> None:
     await until(lambda: bound() == {"A": "user", "B": "mended"})
     assert session.state == "ready"
     await session.stop()
+
+
+async def test_the_log_level_changes_while_it_runs(place: Place) -> None:
+    place.write('[broker]\nlog_level = "error"\n')
+    broker = place.broker(broker__log_level=None)
+    before = logging.getLogger("broker").level
+    await broker.start()
+    try:
+        place.write('[broker]\nlog_level = "debug"\n')
+        await until(lambda: logging.getLogger("broker").level == logging.DEBUG)
+    finally:
+        logging.getLogger("broker").setLevel(before)
+        structlog.reset_defaults()
 
 
 async def test_a_second_broker_on_the_same_state_is_refused(place: Place) -> None:

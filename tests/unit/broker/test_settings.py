@@ -244,3 +244,37 @@ def test_changed_names_keys_and_those_that_need_a_restart(tmp_path: Path) -> Non
     new = load(None, ENV | {"CORTEX_FRONT__LISTEN": "127.0.0.1:1", "CORTEX_FRONT__HOLD_BYTES": "1"}, root=False).config
     assert changed(old, old) == ([], [])
     assert changed(old, new) == (["front.hold_bytes", "front.listen"], ["front.listen"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "restart"),
+    [
+        ("FRONT__MAX_CONNECTIONS", "7", False),
+        ("CONTROL__MAX_BODY_BYTES", "7", False),
+        ("BROKER__LOG_LEVEL", "debug", False),
+        ("CONTROL__ADMIN_TOKEN_FILE", "/x", True),
+        ("CONTROL__HOOK_SECRETS_FILE", "/x", True),
+        ("SANDBOX__CA_FILE", "/x", True),
+        ("SANDBOX__DOCKER__IMAGE", "x", True),
+        ("SANDBOX__DOCKER__PIDS", "16", True),
+    ],
+)
+def test_what_is_read_once_needs_a_restart_and_nothing_else(key: str, value: str, restart: bool) -> None:
+    old = load(None, ENV, root=False).config
+    keys, need_restart = changed(old, load(None, ENV | {f"CORTEX_{key}": value}, root=False).config)
+    assert keys == [key.lower().replace("__", ".")]
+    assert need_restart == (keys if restart else [])
+
+
+def test_an_unknown_table_in_the_environment_is_told_by_its_variable() -> None:
+    with pytest.raises(CortexError) as caught:
+        load(None, ENV | {"CORTEX_FRNT__LISTEN": "x"}, root=False)
+    (found,) = caught.value.details["problems"]
+    assert (found["path"], found["origin"]) == ("frnt", "environment CORTEX_FRNT__LISTEN")
+    assert found["hint"] == 'did you mean "front"?'
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:65536", "127.0.0.1:99999", "127.0.0.1:٣٣"])
+def test_a_port_that_would_be_another_one_is_a_problem(tmp_path: Path, listen: str) -> None:
+    (found,) = problems(write(tmp_path, f'[front]\nlisten = "{listen}"\n'))
+    assert found["path"] == "front.listen"

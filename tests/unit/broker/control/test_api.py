@@ -234,7 +234,7 @@ async def test_no_route_wrong_method_and_crash_are_problems(api: Api, monkeypatc
     status, told = await api.call("GET", "/nope")
     assert (status, told["status"], told["code"]) == (404, 404, "request.not_found")
     status, told = await api.call("PATCH", "/v1/sessions")
-    assert (status, told["status"]) == (405, 405)
+    assert (status, told["status"], told["code"]) == (405, 405, "request.method_not_allowed")
 
     async def crash(**_: object) -> None:
         raise ZeroDivisionError("secret")
