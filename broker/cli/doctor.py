@@ -26,13 +26,15 @@ def doctor(config: Config = None, as_json: Json = False) -> None:
     """Check the host; each finding has a code, what is wrong and what mends it. Exit 1 on a failure."""
     from broker.cli import findings
     from broker.host import logs
+    from broker.sandbox.drivers import sandbox_uid
 
     logs.setup("error", "text")
     found, loaded = findings.check_settings(config)
     found += [findings.check_python(sys.version_info[:3]), findings.check_sqlite(sqlite3.sqlite_version_info)]
     found += findings.check_limits(*resource.getrlimit(resource.RLIMIT_NOFILE))
     if loaded is not None:
-        found += findings.check_user(loaded.config, os.geteuid(), tuple(os.getgroups()))
+        uid = sandbox_uid(loaded.config)
+        found += findings.check_user(loaded.config, os.geteuid(), uid, tuple(os.getgroups()))
         found += findings.check_state(loaded.config)
         found += findings.check_secrets(loaded.config)
         found += asyncio.run(_drivers(loaded.config))

@@ -21,6 +21,7 @@ from broker.host.tasks import TaskOwner
 from broker.sandbox.docker import DockerDriver
 from broker.sandbox.driver import SandboxDriver
 from broker.sandbox.drivers import sandbox_uid
+from broker.sandbox.ground import sockets_fit
 from broker.sandbox.process import ProcessDriver
 from broker.sandbox.slots import Slots
 from broker.settings import Loaded
@@ -89,18 +90,21 @@ def check_limits(soft: int, hard: int) -> list[Finding]:
     ]
 
 
-def check_user(config: Config, euid: int, groups: tuple[int, ...]) -> list[Finding]:
-    """Who runs the broker, and what that weakens."""
+def check_user(config: Config, euid: int, uid: int, groups: tuple[int, ...]) -> list[Finding]:
+    """Who runs the broker (``euid``) and its sandboxes (``uid``), and what that weakens."""
     if euid == 0:
-        return [Finding("host.user", "note", f"runs as root; sandboxes get uid {sandbox_uid(config)}")]
-    found = [
-        Finding(
-            "host.user",
-            "note",
-            f"runs as uid {euid}; sandboxes share that uid, so what escapes one can read the broker's state",
-            "for other people's work run it as a service: systemd/cortex.service",
-        )
-    ]
+        return [Finding("host.user", "note", f"runs as root; sandboxes get uid {uid}")]
+    if uid != euid:
+        found = [Finding("host.user", "ok", f"runs as uid {euid}; sandboxes get uid {uid}")]
+    else:
+        found = [
+            Finding(
+                "host.user",
+                "note",
+                f"runs as uid {euid}; sandboxes share that uid, so what escapes one can read the broker's state",
+                "for other people's work run it as a service with the docker driver: systemd/cortex.service",
+            )
+        ]
     sock = Path("/var/run/docker.sock")
     if config.sandbox.driver == "docker" and sock.exists() and sock.stat().st_gid in groups:
         found.append(
@@ -113,6 +117,10 @@ def check_state(config: Config) -> list[Finding]:
     """The state directory: writable, on one mount, socket paths short enough."""
     state = config.broker.state_dir
     assert state is not None
+    try:
+        sockets_fit(state / "slots" / ("0" * 8) / "sock", state)
+    except CortexError as error:
+        return [Finding("state.directory", "failure", str(error), error.hint)]
     if not state.exists():
         parent = next(path for path in state.parents if path.exists())
         if os.access(parent, os.W_OK | os.X_OK):

@@ -16,11 +16,26 @@ SERVICE_UID = 64321
 """Uid of sandboxes unless configured, where the broker may give files away."""
 
 
+_CAPABILITIES = 1 << 0 | 1 << 1 | 1 << 3
+"""CAP_CHOWN, CAP_DAC_OVERRIDE and CAP_FOWNER, which systemd/cortex.service gives (capabilities(7))."""
+
+
 def sandbox_uid(config: Config) -> int:
-    """The uid of sandboxes: configured, else the service's where files can be given away, else one's own."""
+    """The uid of sandboxes: configured, else the service's where the broker can give homes to it, else its own.
+
+    Without root bubblewrap cannot take another uid, whatever else the broker may do.
+    """
+    own = os.geteuid()
     if config.sandbox.uid:
         return config.sandbox.uid
-    return SERVICE_UID if os.geteuid() == 0 else os.geteuid()
+    return SERVICE_UID if own == 0 or (config.sandbox.driver == "docker" and gives_files_away()) else own
+
+
+def gives_files_away() -> bool:
+    """This process has the capabilities of a service."""
+    status = Path("/proc/self/status").read_text()
+    effective = next((line for line in status.splitlines() if line.startswith("CapEff:")), "CapEff: 0")
+    return int(effective.split()[1], 16) & _CAPABILITIES == _CAPABILITIES
 
 
 def make_driver(config: Config, installation: str, tasks: TaskOwner, slots: Slots) -> SandboxDriver:

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from broker.config import Config
 from broker.errors import Code, CortexError
+from broker.sandbox.drivers import sandbox_uid
 from broker.sandbox.slots import Slots, home_key
 from broker.sandbox.sockets import SlotSockets
 
@@ -132,6 +134,27 @@ def test_a_developer_uses_his_own_uid_and_needs_nothing(state: Path) -> None:
     def work() -> None:
         become(BROKER)
         live(state, BROKER)
+
+    as_child(work)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("capabilities", "driver", "uid"),
+    [
+        ((CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER), "docker", SANDBOX),
+        ((CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER), "process", BROKER),
+        ((CAP_CHOWN,), "docker", BROKER),
+        ((), "docker", BROKER),
+    ],
+)
+def test_sandboxes_of_a_service_have_a_uid_that_is_nobody_elses(
+    capabilities: tuple[int, ...], driver: str, uid: int
+) -> None:
+    def work() -> None:
+        become(BROKER, capabilities=capabilities)
+        assert sandbox_uid(Config.model_validate({"sandbox": {"driver": driver}})) == uid
+        assert sandbox_uid(Config.model_validate({"sandbox": {"driver": driver, "uid": 7}})) == 7
 
     as_child(work)
 

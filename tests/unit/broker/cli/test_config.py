@@ -90,8 +90,9 @@ def test_doctor_on_limits_versions_and_users() -> None:
     assert levels(findings.check_limits(1024, 1024)) == {"host.nofile": "warning"}
     assert levels(findings.check_limits(1024, 65_536)) == {"host.nofile": "ok"}
     assert levels(findings.check_limits(1024, resource.RLIM_INFINITY)) == {"host.nofile": "ok"}
-    assert "root" in findings.check_user(Config(), 0, ())[0].what
-    assert "share that uid" in findings.check_user(Config(), 1000, ())[0].what
+    assert "root" in findings.check_user(Config(), 0, 64321, ())[0].what
+    assert "share that uid" in findings.check_user(Config(), 1000, 1000, ())[0].what
+    assert levels(findings.check_user(Config(), 1000, 64321, ())) == {"host.user": "ok"}
 
 
 def config_in(state: Path) -> Config:
@@ -105,6 +106,9 @@ def test_doctor_on_the_state_directory(tmp_path: Path) -> None:
     assert not state.exists()
     state.mkdir()
     deep = tmp_path / ("d" * 90)
+    (found,) = findings.check_state(config_in(deep))
+    assert (found.level, "too long" in found.what) == ("failure", True)
+    assert not deep.exists()
     deep.mkdir()
     (found,) = findings.check_state(config_in(deep))
     assert (found.level, "too long" in found.what) == ("failure", True)
