@@ -16,12 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import websockets
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.protocol import State
+from websockets.uri import parse_uri
 
 from bench.lib import Report, median, percentile, pss_bytes, target
 from sandbox_agent.wire import codec
@@ -33,72 +35,107 @@ SESSIONS = 100
 """Ready sessions for the memory figure."""
 
 
-class Acp:
-    """A bare ACP client on a WebSocket: frames in, frames out, no model of the protocol in the way."""
+class Rpc:
+    """A bare JSON-RPC client that blocks: whatever carries the messages, the client costs the same."""
 
-    def __init__(self, socket: websockets.ClientConnection) -> None:
-        self._socket = socket
+    def __init__(self) -> None:
         self._ids = 0
 
-    async def call(self, method: str, params: dict[str, Any]) -> tuple[Any, float, float]:
-        """The result, and the seconds until the first frame and until the answer."""
+    def send(self, text: bytes) -> None:
+        raise NotImplementedError
+
+    def receive(self) -> Any:
+        raise NotImplementedError
+
+    def call(self, method: str, params: dict[str, Any]) -> tuple[Any, float]:
+        """The result, and the seconds until the first message that came."""
         self._ids += 1
+        text = json.dumps({"jsonrpc": "2.0", "id": self._ids, "method": method, "params": params}).encode()
         begin = time.perf_counter()
-        await self._socket.send(json.dumps({"jsonrpc": "2.0", "id": self._ids, "method": method, "params": params}))
+        self.send(text)
         first = 0.0
         while True:
-            message = json.loads(await asyncio.wait_for(self._socket.recv(), 120))
+            message = self.receive()
             first = first or time.perf_counter() - begin
             if message.get("id") == self._ids and "method" not in message:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']}")
-                return message["result"], first, time.perf_counter() - begin
+                return message["result"], first
 
-    async def new(self) -> str:
-        """A new conversation."""
-        result, _, _ = await self.call("session/new", {"cwd": "/", "mcpServers": []})
-        return str(result["sessionId"])
+    def new(self) -> str:
+        """A new conversation, after ``initialize``."""
+        return str(self.call("session/new", {"cwd": "/", "mcpServers": []})[0]["sessionId"])
 
-    async def prompt(self, session: str, text: str) -> float:
-        """Seconds from the prompt to the first frame."""
+    def initialize(self) -> None:
+        self.call("initialize", {"protocolVersion": 1, "clientCapabilities": {}})
+
+    def prompt(self, session: str, text: str) -> float:
+        """Seconds from the prompt to the first message."""
         content = [{"type": "text", "text": text}]
-        return (await self.call("session/prompt", {"sessionId": session, "prompt": content}))[1]
+        return self.call("session/prompt", {"sessionId": session, "prompt": content})[1]
 
 
-class Stdio:
+class Front(Rpc):
+    """A client of the front door: websockets' Sans-I/O protocol on a blocking socket."""
+
+    def __init__(self, url: str, token: str) -> None:
+        super().__init__()
+        uri = parse_uri(url)
+        self._socket = socket.create_connection((uri.host, uri.port), timeout=120)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._protocol = ClientProtocol(uri, max_size=2**25)
+        self._messages: list[Any] = []
+        request = self._protocol.connect()
+        request.headers["Authorization"] = f"Bearer {token}"
+        self._protocol.send_request(request)
+        self._flush()
+        while self._protocol.state is State.CONNECTING:
+            self._protocol.receive_data(self._socket.recv(65_536))
+        if self._protocol.handshake_exc:
+            raise self._protocol.handshake_exc
+        self.initialize()
+
+    def send(self, text: bytes) -> None:
+        self._protocol.send_text(text)
+        self._flush()
+
+    def receive(self) -> Any:
+        while not self._messages:
+            self._protocol.receive_data(self._socket.recv(65_536))
+            for event in self._protocol.events_received():
+                if isinstance(event, Frame) and event.opcode is Opcode.TEXT:
+                    self._messages.append(json.loads(bytes(event.data)))
+            self._flush()
+        return self._messages.pop(0)
+
+    def _flush(self) -> None:
+        self._socket.sendall(b"".join(self._protocol.data_to_send()))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Stdio(Rpc):
     """The demo agent driven directly."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(ROOT / "sandbox_agent/demo.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd="/",
         )
-        self._ids = 0
-        self.call("initialize", {"protocolVersion": 1, "clientCapabilities": {}})
-        self.session = str(self.call("session/new", {"cwd": "/", "mcpServers": []})[0]["sessionId"])
+        self.initialize()
 
-    def call(self, method: str, params: dict[str, Any]) -> tuple[Any, float]:
-        """The result, and the seconds until the first line."""
+    def send(self, text: bytes) -> None:
         assert self._process.stdin
-        assert self._process.stdout
-        self._ids += 1
-        begin = time.perf_counter()
-        message = {"jsonrpc": "2.0", "id": self._ids, "method": method, "params": params}
-        self._process.stdin.write(json.dumps(message).encode() + b"\n")
+        self._process.stdin.write(text + b"\n")
         self._process.stdin.flush()
-        first = 0.0
-        while True:
-            answer = json.loads(self._process.stdout.readline())
-            first = first or time.perf_counter() - begin
-            if answer.get("id") == self._ids and "method" not in answer:
-                return answer["result"], first
 
-    def prompt(self, text: str) -> float:
-        """Seconds from the prompt to the first line."""
-        content = [{"type": "text", "text": text}]
-        return self.call("session/prompt", {"sessionId": self.session, "prompt": content})[1]
+    def receive(self) -> Any:
+        assert self._process.stdout
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         self._process.kill()
@@ -155,39 +192,30 @@ async def cold(broker: BrokerProcess, user: str) -> dict[str, float]:
     return figures
 
 
-async def with_client(broker: BrokerProcess, user: str, work: Callable[[Acp], Awaitable[Any]]) -> Any:
-    """Runs ``work`` with a client attached."""
-    made = await broker.session(user)
-    headers = {"Authorization": f"Bearer {made['token']}"}
-    async with websockets.connect(
-        made["acp_url"], additional_headers=headers, compression=None, max_size=2**25
-    ) as connection:
-        client = Acp(connection)
-        await client.call("initialize", {"protocolVersion": 1, "clientCapabilities": {}})
-        return await work(client)
+def talk(url: str, token: str, rounds: int) -> dict[str, list[float]]:
+    """Prompt → first frame, directly and through the whole way, in turns. Blocks."""
+    seen: dict[str, list[float]] = {"direct": [], "through": [], "new conversation": []}
+    direct, through = Stdio(), Front(url, token)
+    try:
+        beside, session = direct.new(), through.new()
+        for number in range(rounds):
+            seen["direct"].append(direct.prompt(beside, f"m{number}"))
+            seen["through"].append(through.prompt(session, f"m{number}"))
+        for number in range(max(3, rounds // 10)):
+            begin = time.perf_counter()
+            fresh = through.new()
+            opened = time.perf_counter() - begin
+            seen["new conversation"].append(opened + through.prompt(fresh, f"n{number}"))
+    finally:
+        direct.close()
+        through.close()
+    return seen
 
 
 async def messages(broker: BrokerProcess, rounds: int) -> dict[str, list[float]]:
-    """Prompt → first frame, directly and through the whole way, in turns."""
-    direct = Stdio()
-    seen: dict[str, list[float]] = {"direct": [], "through": [], "new conversation": []}
-
-    async def work(client: Acp) -> None:
-        session = await client.new()
-        for number in range(rounds):
-            seen["direct"].append(await asyncio.to_thread(direct.prompt, f"m{number}"))
-            seen["through"].append(await client.prompt(session, f"m{number}"))
-        for number in range(max(3, rounds // 10)):
-            begin = time.perf_counter()
-            fresh = await client.new()
-            opened = time.perf_counter() - begin
-            seen["new conversation"].append(opened + await client.prompt(fresh, f"n{number}"))
-
-    try:
-        await with_client(broker, "talker", work)
-    finally:
-        direct.close()
-    return seen
+    """What ``talk`` sees on a ready session."""
+    made = await broker.session("talker")
+    return await asyncio.to_thread(talk, made["acp_url"], made["token"], rounds)
 
 
 async def changes(broker: BrokerProcess, rounds: int) -> list[float]:

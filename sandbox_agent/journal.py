@@ -31,6 +31,7 @@ GrantFn = Callable[[int], Awaitable[tuple[int, Grant]]]
 """Asks the broker for a segment's file; returns its descriptor, which is then the caller's."""
 
 SEQ_GAP = 2**20
+PROMPT_SYNC_S = 0.005
 SYNC_S = 2.0
 """Longest time that a record stays only in the page cache."""
 READ_BYTES = 128 * 1024
@@ -263,6 +264,15 @@ class Journal:
             self._pending_bytes -= len(head) + len(body)
 
     # -- syncing ---------------------------------------------------------------------------------
+
+    def sync_soon(self) -> None:
+        """``sync`` in ``PROMPT_SYNC_S``: the thread that syncs must not compete with the prompt it is for."""
+        loop = asyncio.get_running_loop()
+        if self._sync_timer is not None:
+            if self._sync_timer.when() <= loop.time() + PROMPT_SYNC_S:
+                return
+            self._sync_timer.cancel()
+        self._sync_timer = loop.call_later(PROMPT_SYNC_S, self.sync)
 
     def sync(self) -> None:
         """Brings all that is written to disk, off the loop; one sync at a time."""

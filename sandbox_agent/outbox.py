@@ -199,9 +199,9 @@ class Outbox:
             return False
         return self.flush()
 
-    def sync(self) -> None:
-        """Brings what was journaled to disk."""
-        self._journal.sync()
+    def sync_soon(self) -> None:
+        """Brings what was journaled to disk in a moment; a result waits for its own sync anyway."""
+        self._journal.sync_soon()
 
     @property
     def position(self) -> int:

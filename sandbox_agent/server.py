@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import uvloop
@@ -27,6 +28,8 @@ from sandbox_agent.wire.codec import WireError
 from sandbox_agent.wire.messages import Attach, Bind, Build, Built, Hello, Message, Probe, Status, Stop, Welcome
 
 SIGNAL_GRACE_S = 5.0
+COUNTS_S = 0.25
+"""How late the broker may learn of open turns and clients."""
 MAX_AGENT_INFO = 65_536
 """Characters."""
 REAP_EVERY_S = 2.0
@@ -70,6 +73,7 @@ class Server:
         self._stop: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._said: Status | None = None
         self._saying = False
+        self._counts: asyncio.TimerHandle | None = None
         self._building = False
         path = os.path.join(booted.socket_dir, "agent")
         self.raw = RawClients(port=lambda: self.process.port, on_change=self._changed)
@@ -201,9 +205,22 @@ class Server:
         if self.process.state == "failed":
             self.binder.forget_process()
         status = self._status()
-        if status != self._said and self.control.up:
-            self._said = status
-            self.control.send(status)
+        if status == self._said or not self.control.up:
+            return
+        said = self._said
+        if said is not None and replace(said, open_turns=status.open_turns, clients=status.clients) == status:
+            # Counts alone change with every turn: the broker has no hurry for them, the turn has.
+            if self._counts is None:
+                self._counts = asyncio.get_running_loop().call_later(COUNTS_S, self._send_status)
+            return
+        self._send_status()
+
+    def _send_status(self) -> None:
+        if self._counts is not None:
+            self._counts.cancel()
+            self._counts = None
+        self._said = self._status()
+        self.control.send(self._said)
 
     # -- from the broker ------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class Turns:
             conversation.title = title
             self._outbox.answer(client, request_id, {"error": DISK_FULL})
             return
-        self._outbox.sync()
+        self._outbox.sync_soon()
         conversation.at = at
         turn = Turn(conversation, seq, message_id, params, [(number, request_id)])
         self._conversations.prompt_opened(turn)
