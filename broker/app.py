@@ -147,7 +147,7 @@ class Broker:
             shelf=self.shelf,
             credentials=FileCredentials(),
             installation_key=self.identity.key,
-            node=config.broker.node,
+            image=config.sandbox.docker.image if self.driver.name == "docker" else self.driver.name,
         )
         self.registry = Registry(runtime, Solo(config.broker.node))
         self.registry.start()

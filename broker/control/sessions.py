@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from aiohttp import web
 
 from broker.access import Minted
@@ -47,23 +45,9 @@ async def create(request: web.Request) -> web.Response:
     wanted = await body(request, schema.CreateSession)
     session, created = await context.registry.create(wanted.user, wanted.workspace, wanted.agent)
     if wanted.wait == "ready":
-        await wait_ready(context, session)
+        await session.wait_ready()
     minted = await context.access.mint(session.user, session.workspace)
     return answer(attachable(context, session, minted), 201 if created else 200)
-
-
-async def wait_ready(context: Control, session: SessionPort) -> None:
-    """Returns when the session is ready. Raises ``BRINGUP_TIMEOUT``, or why the bring-up failed."""
-    limit = context.config().session.bringup_timeout_s
-    try:
-        async with asyncio.timeout(limit):
-            await session.wait_ready()
-    except TimeoutError as error:
-        raise CortexError(
-            Code.BRINGUP_TIMEOUT,
-            f"the session was not ready within {limit:.0f} s",
-            hint=f"see what took so long: cortex session timeline {session.user}/{session.workspace}",
-        ) from error
 
 
 async def page(request: web.Request) -> web.Response:

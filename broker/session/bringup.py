@@ -69,7 +69,7 @@ async def prepare(runtime: Runtime, subject: Subject, assembled: Assembled, home
         subject.agent,
         assembled.config,
         home=home,
-        image=runtime.image(),
+        image=runtime.image,
         mcp=resolved.servers,
     )
     return Prepared(assembled, parts, tuple(warnings))

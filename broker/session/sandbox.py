@@ -51,16 +51,12 @@ class Runtime:
     shelf: PackageShelf
     credentials: Credentials
     installation_key: bytes
-    node: str
+    image: str
+    """What sandboxes are made from; part of the boot hash."""
 
     def home_of(self, slot: Slot) -> str:
         """HOME as the sandbox sees it."""
         return HOME_DIR if self.driver.isolated else str(slot.home_dir)
-
-    def image(self) -> str:
-        """What sandboxes are made from; part of the boot hash."""
-        config = self.config()
-        return config.sandbox.docker.image if self.driver.name == "docker" else self.driver.name
 
 
 @dataclass

@@ -28,7 +28,7 @@ from broker.session.mailbox import Mailbox, crashed
 from broker.session.port import Applied, AttachedClient, State
 from broker.session.sandbox import Runtime, Sandbox, how_ended
 from broker.session.state import Event, advance, allowed, wants_bringup
-from broker.session.timeline import Timeline
+from broker.session.timeline import ADOPTED, Timeline
 from broker.store.sessions import SessionRow
 from sandbox_agent.wire.messages import Attach, Status
 
@@ -81,8 +81,8 @@ class Session:
 
     @property
     def state(self) -> State:
-        """Where it is in its life; see ``state``."""
-        return self._state
+        """Where it is in its life; see ``state``. One whose bring-up is about to begin is starting."""
+        return "starting" if self._waking else self._state
 
     @property
     def idle(self) -> bool:
@@ -298,7 +298,7 @@ class Session:
             )
         self._custody.box = box
         await self._move(Event.ADOPTED, "adopted after a restart of the broker", incarnation=box.incarnation)
-        bringup = self._new_bringup("adopted")
+        bringup = self._new_bringup(ADOPTED)
         configuration = self._configuration
         self._work = self._tasks.start(
             self._bring_up(bringup, lambda: bringup.readopt(box, configuration.generation, configuration.assembled)),
@@ -457,8 +457,8 @@ class Session:
             "workspace": self.workspace,
             "agent": self.agent,
             "protocol": self._protocol,
-            "state": self._state,
-            "reason": self._reason,
+            "state": self.state,
+            "reason": "" if self._waking else self._reason,
             "clients": len(self._clients),
             "generation": self._configuration.generation,
             "permission_policy": assembled.config.settings.permission_policy if assembled else "ask",

@@ -10,10 +10,13 @@ from typing import Any
 
 from broker.metrics import BRINGUP, BRINGUP_STAGE
 
+ADOPTED = "adopted"
+"""The path of a sandbox that outlived the last broker; nobody wished for it, so it is no bring-up to measure."""
+
 
 @dataclass
 class Timeline:
-    """One bring-up. ``path``: cold, generic_warm, user_warm or adopted. Times are monotonic seconds."""
+    """One bring-up. ``path``: cold, generic_warm, user_warm or ``ADOPTED``. Times are monotonic seconds."""
 
     driver: str
     path: str = "cold"
@@ -45,7 +48,7 @@ class Timeline:
         """``ready`` or the code of the error that ended it."""
         self.total = self.clock() - self.begin
         self.outcome = outcome
-        if outcome == "ready":
+        if outcome == "ready" and self.path != ADOPTED:
             BRINGUP.labels(self.path, self.driver).observe(self.total)
 
     def view(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from sandbox_agent.wire.messages import Attach
 KEY = b"k" * 32
 QUICK: dict[str, Any] = {
     "session": {"config_timeout_s": 2, "bringup_timeout_s": 10, "bind_timeout_s": 5},
-    "sandbox": {"driver": "fake", "hello_timeout_s": 2, "stop_timeout_s": 0.2},
+    "sandbox": {"hello_timeout_s": 2, "stop_timeout_s": 0.2},
     "agents": {"other": {"command": ["other"]}},
 }
 
@@ -174,7 +174,7 @@ class Rig:
             shelf=self.shelf,
             credentials=FileCredentials(),
             installation_key=KEY,
-            node="n1",
+            image="fake",
         )
         self.registry = Registry(self.runtime, Solo("n1"), self.clock)
 

@@ -17,6 +17,7 @@ async def test_a_created_session_becomes_ready_by_itself() -> None:
     async with rig() as world:
         session, created = await world.registry.create("ann", "main", None)
         assert created
+        assert (session.state, session.view()["state"]) == ("starting", "starting")
         await until(lambda: session.state == "ready")
         assert world.registry.states() == {"ready": 1}
         row = await world.rows.get("ann", "main")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from broker.metrics import BRINGUP, BRINGUP_STAGE
-from broker.session.timeline import Timeline
+from broker.session.timeline import ADOPTED, Timeline
 
 
 class Clock:
@@ -79,3 +79,9 @@ def test_only_what_became_ready_counts_as_a_bringup() -> None:
     clock.now += 1
     line.finish("ready")
     assert count("cold", "fake-outcome") == 1
+
+
+def test_what_was_taken_over_is_no_bringup_to_measure() -> None:
+    Timeline("taken-over", path=ADOPTED).finish("ready")
+    Timeline("taken-over").finish("ready")
+    assert (count("adopted", "taken-over"), count("cold", "taken-over")) == (0, 1)
