@@ -100,10 +100,14 @@ class FilesSource:
         )
 
 
-def touched(directory: Path, paths: Iterable[Path]) -> list[tuple[str, str]]:
-    """Which (user, section) the changed ``paths`` below ``directory`` belong to."""
-    parts = {path.relative_to(directory).parts for path in paths if path.suffix == ".toml"}
-    return sorted((user, Path(name).stem) for user, name in (found for found in parts if len(found) == 2))
+def touched(directory: Path, paths: Iterable[Path]) -> list[str]:
+    """The users whom the changed ``paths`` below ``directory`` concern.
+
+    A user's directory counts by itself: what was written into a new one before it was watched is
+    never told of.
+    """
+    parts = [path.relative_to(directory).parts for path in paths]
+    return sorted({found[0] for found in parts if len(found) == 1 or (len(found) == 2 and found[1].endswith(".toml"))})
 
 
 class HttpSource:

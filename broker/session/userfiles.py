@@ -23,13 +23,10 @@ class UserFiles:
 
     async def changed(self, paths: set[Path]) -> None:
         """Has the users of ``paths`` apply what changed; waits for none of them."""
-        changes: dict[str, list[str]] = {}
-        for user, section in touched(self._directory, paths):
-            changes.setdefault(user, []).append(section)
-        for user, sections in changes.items():
+        for user in touched(self._directory, paths):
             # Each on its own: a session that is starting up makes nobody else wait.
-            self._tasks.start(self._apply(user, sections), "user_changed")
+            self._tasks.start(self._apply(user), "user_changed")
 
-    async def _apply(self, user: str, sections: list[str]) -> None:
-        for applied in await self._registry.config_changed(user, ", ".join(sections)):
-            log.info("user_config_applied", user=user, sections=sections, state=applied.state)
+    async def _apply(self, user: str) -> None:
+        for applied in await self._registry.config_changed(user, "files"):
+            log.info("user_config_applied", user=user, state=applied.state)
