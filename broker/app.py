@@ -25,7 +25,7 @@ from broker.gateway.link import GatewayLink
 from broker.host import logs
 from broker.host.files import raise_file_limit
 from broker.host.lag import LagMeter
-from broker.host.listen import listen, url
+from broker.host.listen import listen, require_local, url
 from broker.host.signals import Signals
 from broker.host.systemd import Notifier, feed_watchdog, listen_fds
 from broker.host.tasks import TaskOwner
@@ -194,6 +194,9 @@ class Broker:
         front = listen(config.front.listen, "front.listen", self._passed)
         self.front_url = url(front, "ws")
         control = listen(config.control.listen, "control.listen", self._passed)
+        if not self.driver.isolated:
+            require_local(front, "front.listen")
+            require_local(control, "control.listen")
         self.control_url = url(control, "http")
         self.control = ControlServer(
             Control(self.registry, self.access, self.users, self.config, lambda: self.front_url, self.health)

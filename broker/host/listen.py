@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -38,6 +39,17 @@ def url(sockets: list[socket.socket], scheme: str) -> str:
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def require_local(sockets: list[socket.socket], key: str) -> None:
+    """Raises ``BAD_CONFIG`` unless only this host reaches ``sockets``: Unix ones, or on a loopback address."""
+    for sock in sockets:
+        if sock.family != socket.AF_UNIX and not ipaddress.ip_address(sock.getsockname()[0]).is_loopback:
+            raise CortexError(
+                Code.BAD_CONFIG,
+                f"{key} is open to other hosts, and agents run without isolation",
+                hint="install bubblewrap or use the docker driver; without isolation listen on 127.0.0.1 only",
+            )
 
 
 def _tcp(host: str, port: int, key: str, address: str) -> socket.socket:

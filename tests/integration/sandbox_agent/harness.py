@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -269,9 +270,14 @@ class Sandbox:
             return await self.process.wait()
 
     async def close(self) -> None:
+        """Kills it, and what it started: nothing else ends an agent that does not read its stdin."""
         if self.process is not None and self.process.returncode is None:
+            agents = children(self.process.pid)
             self.process.kill()
             await self.process.wait()
+            for pid in agents:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
 
 
 def children(pid: int) -> list[int]:

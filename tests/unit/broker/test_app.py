@@ -184,6 +184,20 @@ async def test_an_address_that_is_taken_is_told_by_its_key_and_leaves_nothing_op
     assert len(second._tasks) == 0
 
 
+@pytest.mark.parametrize("key", ["front", "control"])
+async def test_without_isolation_only_this_host_is_served(
+    place: Place, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(app, "make_driver", lambda *args: FakeDriver(place.engine, isolated=False))
+    broker = place.broker(**{f"{key}__listen": "0.0.0.0:0"})
+    with pytest.raises(CortexError) as caught:
+        await broker.start()
+    assert f"{key}.listen is open to other hosts" in caught.value.what
+    await broker.stop()
+    local = place.broker(**{f"{key}__listen": f"unix:{place.base}/s"})
+    await local.start()
+
+
 async def test_a_signal_ends_it_in_good_order(place: Place) -> None:
     broker = place.broker()
     running = asyncio.ensure_future(broker.run())
