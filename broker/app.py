@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -109,8 +109,7 @@ class Broker:
 
     async def _open_sandboxes(self) -> None:
         config = self.config()
-        state_dir = _place(config.broker.state_dir)
-        self.slots = Slots(state_dir, uid=sandbox_uid(config))
+        self.slots = Slots(_place(config.broker.state_dir), uid=sandbox_uid(config))
         self.slots.check()
         self.driver = make_driver(config, self.identity.id, self._tasks, self.slots)
         await self.driver.open()
@@ -135,8 +134,7 @@ class Broker:
             installation_key=self.identity.key,
         )
         self.http_source = HttpSource(self.config)
-        users_dir = _place(config.broker.users_dir)
-        sources = (FilesSource(users_dir), self.http_source, StoreSource(self.users))
+        sources = (FilesSource(_place(config.broker.users_dir)), self.http_source, StoreSource(self.users))
         runtime = Runtime(
             config=self.config,
             driver=self.driver,
@@ -156,16 +154,11 @@ class Broker:
         """What the last broker left running goes on; what nobody knows any more goes away."""
         rows = await self.store.sandboxes()
         outcome = await reconcile(self.driver, self.slots, rows, self.store.sandbox_delete)
-        settling = []
-        for adopted in outcome.adopted:
-            try:
-                settling.append(await self.registry.adopt(adopted))
-            except CortexError as error:
-                log.error("not_adopted", slot=adopted.slot.id, error=str(error), hint=error.hint)
+        settling = await self.registry.adopt_all(outcome.adopted)
         self._tasks.start(self._complete_table(settling), "gateway_table")
         self._tasks.start(self.slots.empty_trash(), "empty_trash")
 
-    async def _complete_table(self, settling: list[asyncio.Task[None]]) -> None:
+    async def _complete_table(self, settling: Sequence[asyncio.Task[None]]) -> None:
         """Told too early, a gateway that lived on would cut the model calls of turns that go on."""
         if settling:
             await asyncio.wait(settling)
@@ -180,24 +173,18 @@ class Broker:
 
     async def _open_doors(self) -> None:
         config = self.config()
-        self.admin_token = await asyncio.to_thread(
-            keyfiles.admin_token, Path(config.control.admin_token_file), make=True
-        )
-        hook_keys = await asyncio.to_thread(keyfiles.hook_keys, Path(config.control.hook_secrets_file), make=True)
+        token, secrets = Path(config.control.admin_token_file), Path(config.control.hook_secrets_file)
+        self.admin_token = await asyncio.to_thread(keyfiles.admin_token, token, make=True)
+        hook_keys = await asyncio.to_thread(keyfiles.hook_keys, secrets, make=True)
         self.access = Access(
-            TokenStore(self.db),
-            self.config,
-            self.identity.key,
-            admin_token=self.admin_token,
-            hook_keys=hook_keys,
+            TokenStore(self.db), self.config, self.identity.key, admin_token=self.admin_token, hook_keys=hook_keys
         )
         front = listen(config.front.listen, "front.listen", self._passed)
-        self.front_url = url(front, "ws")
         control = listen(config.control.listen, "control.listen", self._passed)
         if not self.driver.isolated:
             require_local(front, "front.listen")
             require_local(control, "control.listen")
-        self.control_url = url(control, "http")
+        self.front_url, self.control_url = url(front, "ws"), url(control, "http")
         self.control = ControlServer(
             Control(self.registry, self.access, self.users, self.config, lambda: self.front_url, self.health)
         )

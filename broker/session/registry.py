@@ -194,6 +194,16 @@ class Registry:
         for session in self._sessions.values():
             session.settings_changed()
 
+    async def adopt_all(self, found: Sequence[Adopted]) -> Sequence[asyncio.Task[None]]:
+        """``adopt`` for each; of one that cannot be taken over the log tells why."""
+        settling = []
+        for adopted in found:
+            try:
+                settling.append(await self.adopt(adopted))
+            except CortexError as error:
+                log.error("not_adopted", slot=adopted.slot.id, error=str(error), hint=error.hint)
+        return settling
+
     async def adopt(self, adopted: Adopted) -> asyncio.Task[None]:
         """Takes over a sandbox that outlived the last broker; the task ends when it is ready, or has failed.
 
