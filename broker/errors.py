@@ -39,7 +39,6 @@ class Code(Enum):
     NO_SESSION = ("session.not_found", 404, 4400, False)
     SESSION_CONFLICT = ("session.conflict", 409, 4409, False)
     SESSION_BUSY = ("session.too_many_clients", 429, 4429, True)
-    SESSION_FAILED = ("session.failed", 502, 1011, True)
     SESSION_STOPPED = ("session.stopped", 409, 1001, True)
     BRINGUP_TIMEOUT = ("session.bringup_timeout", 504, 1013, True)
     MAILBOX_FULL = ("session.overloaded", 503, 1013, True)

@@ -235,16 +235,20 @@ class Demo:
         except ValueError as error:
             return f"These are not JSON arguments: {error}"
         call = self._tool_call(session, name, "other", values)
+        broken = []
         for server in session.servers:
             if "command" not in server:
                 continue
-            with McpServer(server, session) as mcp:
-                if name in mcp.tools():
-                    result = mcp.call(name, values)
-                    self._tool_done(session, call, "failed" if result.get("isError") else "completed", "")
-                    return "".join(part.get("text", "") for part in result.get("content", []))
+            try:
+                with McpServer(server) as mcp:
+                    if name in mcp.tools():
+                        result = mcp.call(name, values)
+                        self._tool_done(session, call, "failed" if result.get("isError") else "completed", "")
+                        return "".join(part.get("text", "") for part in result.get("content", []))
+            except (OSError, ValueError, RpcError) as error:
+                broken.append(f" {server.get('name')} does not work: {error}.")
         self._tool_done(session, call, "failed", "no such tool")
-        return f"No MCP server has a tool {name!r}."
+        return f"No MCP server has a tool {name!r}.{''.join(broken)}"
 
     def _tool_call(self, session: Session, title: str, kind: str, given: Any) -> str:
         self._tools += 1
@@ -312,11 +316,10 @@ def _shell(command: str, session: Session) -> tuple[int, str]:
 class McpServer:
     """An MCP server on stdio, run for one call."""
 
-    def __init__(self, server: dict[str, Any], session: Session) -> None:
+    def __init__(self, server: dict[str, Any]) -> None:
         import subprocess
 
         env = os.environ | {item["name"]: item["value"] for item in server.get("env") or []}
-        self._session = session
         self._number = 0
         self._process = subprocess.Popen(
             [server["command"], *server.get("args", [])],
@@ -330,8 +333,12 @@ class McpServer:
     def __enter__(self) -> McpServer:
         self._timer.start()
         info = {"name": "cortex-demo", "version": "1"}
-        self._ask("initialize", {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": info})
-        self._send({"method": "notifications/initialized"})
+        try:
+            self._ask("initialize", {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": info})
+            self._send({"method": "notifications/initialized"})
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

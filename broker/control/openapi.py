@@ -54,7 +54,8 @@ def document(routes: tuple[Route, ...]) -> dict[str, Any]:
 
 def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
     bodies = {(route.body, "validation") for route in routes if route.body}
-    answers = {(route.answer, "serialization") for route in routes if route.answer} | {(Problem, "serialization")}
+    told = {model for route in routes for model in (route.answer, route.accepted) if model} | {Problem}
+    answers = {(model, "serialization") for model in told}
     models = sorted(bodies | answers, key=lambda pair: pair[0].__name__)
     _, found = models_json_schema(models, ref_template=REF)  # type: ignore[arg-type]
     schemas: dict[str, Any] = found["$defs"]
@@ -83,7 +84,7 @@ def _operation(route: Route) -> dict[str, Any]:
         "summary": route.summary,
         "security": _SECURITY[route.auth],
         "parameters": [*_path_parameters(route), *_query_parameters(route)],
-        "responses": {**{str(status): _good(route) for status in (route.status, *route.also)}, **_bad(route)},
+        "responses": {**_good(route), **_bad(route)},
     }
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(route.body)}}}
@@ -104,7 +105,13 @@ def _query_parameters(route: Route) -> list[dict[str, Any]]:
 
 def _good(route: Route) -> dict[str, Any]:
     schema = _ref(route.answer) if route.answer else {"type": "string"} if route.media.startswith("text/") else {}
-    return {"description": route.summary, "content": {route.media: {"schema": schema}}}
+    told = {str(status): schema for status in (route.status, *route.also)}
+    if route.accepted:
+        told["202"] = _ref(route.accepted)
+    return {
+        status: {"description": route.summary, "content": {route.media: {"schema": answer}}}
+        for status, answer in told.items()
+    }
 
 
 def _bad(route: Route) -> dict[str, Any]:
@@ -113,6 +120,8 @@ def _bad(route: Route) -> dict[str, Any]:
     codes |= {Code.ADMIN_REQUIRED} if route.auth == "admin" else set()
     codes |= {Code.BAD_REQUEST, Code.BODY_TOO_LARGE} if route.body else set()
     codes |= {Code.BAD_USER_ID} if "{user}" in route.path else set()
+    codes |= {Code.UNKNOWN_SECTION} if "{section}" in route.path else set()
+    codes |= {Code.BAD_REQUEST} if route.query else set()
     by_status: dict[str, list[str]] = {}
     for code in sorted(codes, key=lambda code: code.slug):
         by_status.setdefault(str(code.http_status), []).append(code.slug)

@@ -56,6 +56,8 @@ class Route:
     errors: tuple[Code, ...] = ()
     also: tuple[int, ...] = ()
     """More statuses with the same answer."""
+    accepted: type[BaseModel] | None = None
+    """The answer of status 202 where it is another one."""
 
 
 ROUTE_TABLE: web.AppKey[tuple[Route, ...]] = web.AppKey("routes", tuple)

@@ -72,6 +72,7 @@ ROUTES: tuple[Route, ...] = (
         "Say that this user will come; nothing is promised",
         answer=schema.Accepted,
         status=202,
+        errors=(Code.UNKNOWN_AGENT,),
     ),
     Route(
         "GET",
@@ -89,7 +90,7 @@ ROUTES: tuple[Route, ...] = (
         "Replace a section; answers when running sandboxes have it",
         body=users.Section,
         answer=schema.SectionStored,
-        errors=(Code.UNKNOWN_SECTION, Code.BAD_SECTION, Code.DISK_FULL),
+        errors=(Code.BAD_SECTION, Code.DISK_FULL),
     ),
     Route("DELETE", "/v1/users/{user}", users.erase, "Erase everything of a user", answer=schema.Erased),
     Route(
@@ -101,7 +102,11 @@ ROUTES: tuple[Route, ...] = (
         answer=schema.Attachable,
         auth="hook",
         also=(201,),
-        errors=(Code.HOOK_SIGNATURE, Code.HOOK_EXPIRED, Code.HOOK_CONFLICT, Code.UNKNOWN_AGENT, Code.SESSION_CONFLICT),
+        accepted=schema.Accepted,
+        errors=(
+            *(Code.HOOK_SIGNATURE, Code.HOOK_EXPIRED, Code.HOOK_CONFLICT),
+            *(Code.UNKNOWN_AGENT, Code.SESSION_CONFLICT, Code.NO_SESSION),
+        ),
     ),
     Route("GET", "/livez", health.livez, "Whether the broker runs", answer=schema.Health, auth="none"),
     Route(

@@ -165,15 +165,6 @@ class SandboxConfig(Section):
     egress: EgressSection = EgressSection()
     limits: LimitsSection = LimitsSection()
 
-    def to_json(self) -> bytes:
-        """All values, defaults too: equal configurations give equal objects, whatever was left out."""
-        return self.model_dump_json(by_alias=True).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> SandboxConfig:
-        """Undoes ``to_json``. Raises ``ValueError`` when another version of the schema wrote it."""
-        return cls.model_validate_json(data, strict=True)
-
 
 SECTIONS: tuple[str, ...] = tuple(SandboxConfig.model_fields)
 """The names of the sections: settings, mcp, plugins, providers, env, workspace, egress, limits."""

@@ -164,6 +164,23 @@ def test_mcp_servers_are_listed_and_a_tool_is_called(agent: Agent, tmp_path: Pat
     assert "No MCP server" in said(agent.prompt(session, "/tool multiply {}")[1])[0]
 
 
+def test_a_broken_mcp_server_ends_no_turn_and_hides_no_other(agent: Agent, tmp_path: Path) -> None:
+    script = tmp_path / "server.py"
+    script.write_text(MCP_SERVER)
+    broken: list[dict[str, Any]] = [
+        {"name": "gone", "command": "/no/such"},
+        {"name": "mute", "command": "/bin/true"},
+        {"name": "chatty", "command": "/bin/echo", "args": ["hello"]},
+    ]
+    session = agent.session(tmp_path, broken)
+    (reply,) = said(agent.prompt(session, "/tool add {}")[1])
+    assert reply.startswith("No MCP server has a tool 'add'. gone does not work: ")
+    assert "mute does not work: " in reply
+    assert "chatty does not work: " in reply
+    session = agent.session(tmp_path, [*broken, {"name": "sums", "command": sys.executable, "args": [str(script)]}])
+    assert said(agent.prompt(session, '/tool add {"a": 40, "b": 2}')[1]) == ["42"]
+
+
 def test_errors_are_json_rpc_errors_and_garbage_is_passed_over(agent: Agent, tmp_path: Path) -> None:
     assert agent.process.stdin is not None
     agent.process.stdin.write(b"\xff\x00 not json\n[]\n17\n")

@@ -90,6 +90,16 @@ def test_errors_are_problem_details_with_their_codes() -> None:
     assert {"200", "201"} <= set(create["responses"])
 
 
+def test_what_a_route_may_answer_follows_from_its_parts() -> None:
+    paths = document(ROUTES)["paths"]
+    read = paths["/v1/users/{user}/config/{section}"]["get"]["responses"]
+    assert "config.unknown_section" in read["404"]["description"]
+    assert "request.invalid" in paths["/v1/sessions"]["get"]["responses"]["400"]["description"]
+    hook = paths["/v1/hooks/session"]["post"]["responses"]
+    told = {status: hook[status]["content"]["application/json"]["schema"]["$ref"] for status in ("200", "201", "202")}
+    assert [ref.rpartition("/")[2] for ref in told.values()] == ["Attachable", "Attachable", "Accepted"]
+
+
 async def test_answers_hold_to_their_schemas(api: Api) -> None:
     """What is answered has every property that the document says is always there."""
     schemas = document(ROUTES)["components"]["schemas"]
