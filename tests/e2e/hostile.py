@@ -136,7 +136,7 @@ def http(argument: str) -> dict[str, Any]:
         "other host": ("egress", connect.format("example.org:443").encode()),
         "loopback": ("egress", connect.format("127.0.0.1:443").encode()),
         "metadata": ("egress", connect.format("169.254.169.254:80").encode()),
-        "other port": ("egress", connect.format("registry.npmjs.org:22").encode()),
+        "other port": ("egress", connect.format("pkgs.example:22").encode()),
     }
     answers = {}
     for name, (where, data) in asked.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from broker.config import GatewayConfig
 from tests.e2e.conftest import need_docker, short_directory
 from tests.e2e.harness import IMAGE, ROOT, BrokerProcess, running
 
@@ -77,7 +79,7 @@ def agents_config(directory: Path, url: str) -> str:
     shipped = (ROOT / "config.toml").read_text()
     agents = shipped[shipped.index("\n[agents.claude]") : shipped.index("\n[defaults]")]
     # Where the package registry is a mirror, its address may be an inner one.
-    config = '[gateway]\nprivate_hosts = ["registry.npmjs.org", "pypi.org", "files.pythonhosted.org"]\n'
+    config = f"[gateway]\nprivate_hosts = {json.dumps(GatewayConfig().allowed_hosts)}\n"
     for name, key in KEYS.items():
         file = directory / f"{name}.key"
         file.write_text(key)

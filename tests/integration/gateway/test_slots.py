@@ -294,7 +294,7 @@ async def test_many_slots_are_told_again(gw: Rig) -> None:
     async with app_server(echo) as port:
         providers = {f"p{n}": Provider("openai", f"http://127.0.0.1:{port}", KEY, ca="x" * 1000) for n in range(5)}
         for number in range(100):
-            await gw.put(providers, Egress(("pypi.org",)), slot=f"s{number}", identity=ME)
+            await gw.put(providers, Egress(("shop.example",)), slot=f"s{number}", identity=ME)
         assert gw.link.peer_pid is not None
         os.kill(gw.link.peer_pid, signal.SIGKILL)
         async with client(gw.slots["s99"].gateway_path) as http:

@@ -119,8 +119,8 @@ async def test_tls_goes_through_end_to_end(gw: Rig, tmp_path: Path) -> None:
     [
         ("evil.example:443", "egress.denied"),
         ("localhost:22", "egress.denied"),
-        ("registry.npmjs.org.evil.example:443", "egress.denied"),
-        ("registry.npmjs.org:80", "egress.denied"),
+        ("pkgs.example.evil.example:443", "egress.denied"),
+        ("pkgs.example:80", "egress.denied"),
         ("[::1]:443", "egress.denied"),
         ("localhost:443", "egress.address_refused"),
         ("LOCALHOST.:443", "egress.address_refused"),
@@ -132,7 +132,7 @@ async def test_tls_goes_through_end_to_end(gw: Rig, tmp_path: Path) -> None:
     ],
 )
 async def test_what_is_refused_and_why(gw: Rig, target: str, code: str) -> None:
-    rules = ("registry.npmjs.org", "localhost", "127.0.0.1", "169.254.169.254", "[::ffff:10.0.0.1]")
+    rules = ("pkgs.example", "localhost", "127.0.0.1", "169.254.169.254", "[::ffff:10.0.0.1]")
     slot = await gw.put(egress=Egress((*rules, "[64:ff9b::a00:1]", "no-such-name.invalid"), ()))
     response = await ask(slot.egress_path, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n\x16\x03\x01".encode())
     got = problem(response)[1]
@@ -165,10 +165,10 @@ async def test_unclaimed_and_dropped_slots_have_no_way_out(gw: Rig) -> None:
 
 async def test_plain_requests_only_to_listed_ports(gw: Rig) -> None:
     async with app_server(echo) as port:
-        slot = await gw.put(egress=Egress((f"localhost:{port}", "pypi.org"), ("localhost",)))
+        slot = await gw.put(egress=Egress((f"localhost:{port}", "shop.example"), ("localhost",)))
         async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(path=str(slot.egress_path))) as http:
             # A Unix connector sends origin-form targets, so the absolute form is written by hand below.
-            assert (await http.get("http://pypi.org/simple")).status == 400
+            assert (await http.get("http://shop.example/simple")).status == 400
         head = f"GET http://localhost:{port}/a/../b?key=1 HTTP/1.1\r\nHost: x\r\nAuthorization: mine\r\n"
         raw = (head + "Proxy-Authorization: p\r\nConnection: close\r\n\r\n").encode()
         status, got = problem(await ask(slot.egress_path, raw))
@@ -177,10 +177,10 @@ async def test_plain_requests_only_to_listed_ports(gw: Rig) -> None:
         assert headers["host"] == f"localhost:{port}"
         assert headers["authorization"] == "mine"
         assert "proxy-authorization" not in headers
-        refused = b"GET http://pypi.org/simple HTTP/1.1\r\nHost: pypi.org\r\nConnection: close\r\n\r\n"
+        refused = b"GET http://shop.example/simple HTTP/1.1\r\nHost: shop.example\r\nConnection: close\r\n\r\n"
         status, got = problem(await ask(slot.egress_path, refused))
         assert (status, got["code"]) == (403, "egress.denied")
-        assert "pypi.org:80" in got["hint"]
+        assert "shop.example:80" in got["hint"]
 
 
 async def test_the_gateway_socket_is_no_proxy(gw: Rig) -> None:

@@ -100,9 +100,9 @@ def _view(tmp_path: Path, shown: tuple[Shown, ...]) -> list[str]:
 
 
 def test_only_the_volume_is_writable_and_parents_can_be_passed(tmp_path: Path) -> None:
-    args = _view(tmp_path, (Shown(Path("/root/.pyenv/versions/3")), Shown(Path("/a/b"), "c")))
+    args = _view(tmp_path, (Shown(Path("/home/dev/.pyenv/versions/3")), Shown(Path("/a/b"), "c")))
     assert [args[i + 1 : i + 3] for i, word in enumerate(args) if word == "--bind"] == [[str(tmp_path / "vol"), "/vol"]]
-    for parent in ("/root", "/root/.pyenv", "/root/.pyenv/versions", "/run", "/opt/cortex"):
+    for parent in ("/home", "/home/dev", "/home/dev/.pyenv", "/home/dev/.pyenv/versions", "/run", "/opt/cortex"):
         at = next(i for i, word in enumerate(args) if word == "--dir" and args[i + 1] == parent)
         assert args[at - 2 : at] == ["--perms", "0755"]
         assert at < next(i for i, word in enumerate(args) if word.startswith(parent + "/"))
