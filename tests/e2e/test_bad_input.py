@@ -155,7 +155,7 @@ async def test_a_wrong_body_is_refused_with_what_to_change(
         ("GET", "/v1/sessions?limit=0", "request.invalid"),
         ("GET", "/v1/sessions?limmit=5", "request.invalid"),
         ("GET", "/v2/sessions", "request.not_found"),
-        ("PATCH", "/v1/sessions", "request.invalid"),
+        ("PATCH", "/v1/sessions", "request.method_not_allowed"),
     ],
 )
 async def test_a_wrong_path_is_refused(house: BrokerProcess, method: str, path: str, code: str) -> None:
