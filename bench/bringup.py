@@ -29,10 +29,18 @@ from bench.lib import Report, median, percentile, pss_bytes, target
 from sandbox_agent.wire import codec
 from tests.e2e.conftest import docker_missing, process_config
 from tests.e2e.harness import IMAGE, BrokerProcess, running
+from tests.e2e.providers import broker_and_stand_in
 
 ROOT = Path(__file__).parents[1]
+AGENTS = ("claude", "codex", "gemini", "opencode")
 SESSIONS = 100
 """Ready sessions for the memory figure."""
+
+
+def speaks(message: dict[str, Any]) -> bool:
+    """A frame of the agent's reply; lists of commands and the like come by themselves."""
+    update = message.get("params", {}).get("update", {}) if message.get("method") == "session/update" else {}
+    return update.get("sessionUpdate") in ("agent_message_chunk", "agent_thought_chunk", "tool_call")
 
 
 class Rpc:
@@ -48,7 +56,7 @@ class Rpc:
         raise NotImplementedError
 
     def call(self, method: str, params: dict[str, Any]) -> tuple[Any, float]:
-        """The result, and the seconds until the first message that came."""
+        """The result, and the seconds until the agent's first words (or the result, when it has none)."""
         self._ids += 1
         text = json.dumps({"jsonrpc": "2.0", "id": self._ids, "method": method, "params": params}).encode()
         begin = time.perf_counter()
@@ -56,11 +64,12 @@ class Rpc:
         first = 0.0
         while True:
             message = self.receive()
-            first = first or time.perf_counter() - begin
+            if speaks(message):
+                first = first or time.perf_counter() - begin
             if message.get("id") == self._ids and "method" not in message:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']}")
-                return message["result"], first
+                return message["result"], first or time.perf_counter() - begin
 
     def new(self) -> str:
         """A new conversation, after ``initialize``."""
@@ -335,6 +344,81 @@ async def bench_ready(report: Report, broker: BrokerProcess, rounds: int) -> Non
     ]
 
 
+MCP_SERVER = """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "id" not in asked:
+        continue
+    answers = {
+        "initialize": {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}},
+                       "serverInfo": {"name": "bench", "version": "1"}},
+        "tools/list": {"tools": [{"name": "nothing", "inputSchema": {"type": "object"}}]},
+    }
+    print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": answers.get(asked["method"], {})}), flush=True)
+"""
+
+
+def converse(url: str, token: str, rounds: int) -> tuple[dict[str, list[float]], str]:
+    """With a real CLI: opening a conversation, its first and its later turns; seconds, and the conversation. Blocks."""
+    client = Front(url, token)
+    try:
+        seen: dict[str, list[float]] = {"session/new": [], "new": [], "open": []}
+        session = ""
+        for number in range(rounds):
+            begin = time.perf_counter()
+            session = client.new()
+            opened = time.perf_counter() - begin
+            seen["session/new"].append(opened)
+            seen["new"].append(opened + client.prompt(session, f"first {number}"))
+            seen["open"] += [client.prompt(session, f"more {number} {turn}") for turn in range(3)]
+    finally:
+        client.close()
+    return seen, session
+
+
+def reload(url: str, token: str, session: str) -> float:
+    """Seconds of ``session/load`` of an open conversation."""
+    client = Front(url, token)
+    try:
+        begin = time.perf_counter()
+        client.call("session/load", {"sessionId": session, "cwd": "/", "mcpServers": []})
+        return time.perf_counter() - begin
+    finally:
+        client.close()
+
+
+async def bench_agents(report: Report, rounds: int) -> None:
+    """The real CLIs in containers against the stand-in for their providers, which answers at once."""
+    rows = [["agent", "create → ready", "session/new", "new: to first frame", "open: to first frame"]]
+    rows[0] += ["MCP change → acknowledged", "→ an open conversation has it"]
+    async with broker_and_stand_in() as (broker, _):
+        for agent in AGENTS:
+            made = await broker.session(agent, agent=agent)
+            bringup = (await broker.api("GET", f"/v1/sessions/{agent}/main/timeline"))["bringups"][0]
+            url, token = made["acp_url"], made["token"]
+            seen, session = await asyncio.to_thread(converse, url, token, rounds)
+            server = {"command": "/usr/bin/python3", "args": ["-c", MCP_SERVER]}
+            begin = time.perf_counter()
+            body = {"mcpServers": {"bench": server}}
+            answer = await broker.api("PUT", f"/v1/users/{agent}/config/mcp", body)
+            told = time.perf_counter() - begin
+            loaded = told + await asyncio.to_thread(reload, url, token, session)
+            rows.append(
+                [
+                    agent,
+                    f"{bringup['total_ms']:.0f}",
+                    milliseconds(seen["session/new"]),
+                    milliseconds(seen["new"]),
+                    milliseconds(seen["open"]),
+                    f"{told * 1000:.1f} ({answer['effect']})",
+                    f"{loaded * 1000:.0f} (session/load)",
+                ]
+            )
+            report.figures[agent] = {name: median(values) * 1000 for name, values in seen.items()}
+    report.tables[f"Real agent CLIs, driver docker, prompt → first frame in ms, {rounds} conversations each"] = rows
+
+
 def main(argv: list[str]) -> int:
     """Runs the benchmark; 1 when a target is missed."""
     parser = argparse.ArgumentParser(prog="cortex bench bringup", description=__doc__)
@@ -353,6 +437,7 @@ def main(argv: list[str]) -> int:
         report.notes.append(f"docker left out: {why}")
     else:
         asyncio.run(bench_driver(report, "docker", rounds))
+        asyncio.run(bench_agents(report, 3))
     return report.finish(arguments.json)
 
 
