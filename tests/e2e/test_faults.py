@@ -16,6 +16,7 @@ import acp
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from websockets.exceptions import ConnectionClosed
 
 from tests.e2e.conftest import need_docker, process_config, short_directory
 from tests.e2e.harness import ROOT, BrokerProcess, Client, connected, free_port, running, start_fails, turn
@@ -376,7 +377,7 @@ async def test_who_does_not_know_the_secret_is_told_nothing(house: BrokerProcess
 @needs_bubblewrap
 async def test_a_sandbox_that_goes_on_breaking_rules_is_replaced(house: BrokerProcess, bystander: Any) -> None:
     async with unnoticed(bystander):
-        with pytest.raises((acp.RequestError, ConnectionError)):
+        with pytest.raises((acp.RequestError, ConnectionError, ConnectionClosed)):
             await misbehave(house, "mal-2")
         async with asyncio.timeout(10):
             while (shown := await view(house, "mal-2"))["state"] in ("ready", "stopping"):
