@@ -20,11 +20,11 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture
 def small_disk(place: Path) -> Iterator[Path]:
-    """A file system of 24 MiB under the state directory."""
+    """A file system of 64 MiB under the state directory."""
     state = place / "state"
     state.mkdir(mode=0o700)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m,mode=0700", "none", str(state)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=64m,mode=0700", "none", str(state)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip("file systems cannot be mounted here")
@@ -61,6 +61,8 @@ async def test_a_full_disk_refuses_clearly_loses_nothing_and_heals(small_disk: P
             session = (await agent.new_session(cwd="/", mcp_servers=[])).session_id
             await turn(agent, session, "remember the pear")
             filler = fill(broker.state_dir)
+            ready = await broker.api("GET", "/readyz", expect=503)
+            assert "0 MiB free" in ready["checks"]["disk"]
             big = {f"KEY_{number}": "v" * 1000 for number in range(50)}
             problem = await broker.refused("PUT", "/v1/users/ann/config/env", big)
             assert (problem["status"], problem["code"]) == (507, "store.disk_full")
