@@ -30,7 +30,8 @@ Liveness = Literal["created", "running", "paused", "exited", "gone"]
 class SandboxSpec:
     """What to run. ``slot``: short id; ``incarnation``: number of this start; paths are the host's.
 
-    ``commands`` are the agent's argv words, so that the process driver can show what they name.
+    ``commands`` are the operator's words of the agent's argv: the process driver shows what they name.
+    Nothing that a user wrote may be among them.
     """
 
     slot: str

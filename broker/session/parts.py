@@ -23,11 +23,16 @@ KINDS = {"process": "settings", "settings": "settings", "mcp": "mcp", "files": "
 
 @dataclass(frozen=True)
 class Wanted:
-    """Values and hashes by part."""
+    """Values and hashes by part.
+
+    ``program``: the operator's words of the agent's command; the paths of the host that a sandbox may be
+    shown come from these alone, never from what a user adds to them.
+    """
 
     agent: AgentSpec
     values: Mapping[str, Any]
     hashes: Mapping[str, str]
+    program: tuple[str, ...] = ()
 
     @property
     def bound_hashes(self) -> dict[str, str]:
@@ -86,7 +91,7 @@ def wanted(
             "workspace": spec.cwd,
         },
     }
-    return Wanted(spec, values, fingerprints(key, values))
+    return Wanted(spec, values, fingerprints(key, values), tuple(config.agents[agent_name].command))
 
 
 def servers(user: SandboxConfig) -> list[dict[str, Any]]:

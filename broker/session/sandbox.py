@@ -229,7 +229,7 @@ class Sandbox:
             vol_dir=self.slot.vol_dir,
             packages_dir=self.runtime.slots.packages_dir,
             uid=self.runtime.slots.uid,
-            commands=tuple(wanted.agent.command),
+            commands=wanted.program,
             labels={"cortex.session": self.session_id},
             memory_bytes=limits.memory_bytes,
             cpus=limits.cpus,

@@ -170,6 +170,15 @@ async def test_one_sandbox_sees_nothing_of_another(world: World) -> None:
     assert report["found"] == []
 
 
+@isolated
+async def test_a_user_cannot_have_a_file_of_the_host_shown_by_naming_it(world: World) -> None:
+    note = world.broker.directory / "note"
+    note.write_text("the host's")
+    settings = {"agent": {"demo": {"args": [str(note)]}}, "model": str(note)}
+    await world.broker.api("PUT", "/v1/users/greedy/config/settings", settings)
+    assert "hidden" in await shell(world.broker, "greedy", f"test -e {note} && echo seen || echo hidden")
+
+
 async def test_no_secret_is_in_a_log_a_view_or_an_argument(world: World) -> None:
     """Everything secret or private that passes through, also on the ways where something fails."""
     broker = world.broker

@@ -106,3 +106,10 @@ def test_what_is_bound_is_sent_and_counted() -> None:
 def test_servers_come_by_name() -> None:
     config = user(mcp={"mcpServers": {"b": {"command": "x"}, "a": {"url": "https://a.example"}}})
     assert [server["name"] for server in servers(config)] == ["a", "b"]
+
+
+def test_what_a_user_adds_to_a_command_names_nothing_of_the_host() -> None:
+    """A driver shows what the program's words name; a user's words may name any file of the host."""
+    config = user(settings={"model": "/etc/shadow", "agent": {"claude": {"args": ["/home/somebody/.ssh"]}}})
+    assert parts(config).program == ("agent", "--stdio")
+    assert parts(config).agent.command[2:] == ["/home/somebody/.ssh", "--model", "/etc/shadow"]
