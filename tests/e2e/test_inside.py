@@ -174,7 +174,7 @@ async def test_one_sandbox_sees_nothing_of_another(world: World) -> None:
 async def test_a_user_cannot_have_a_file_of_the_host_shown_by_naming_it(world: World) -> None:
     note = world.broker.directory / "note"
     note.write_text("the host's")
-    settings = {"agent": {"demo": {"args": [str(note)]}}, "model": str(note)}
+    settings = {"agent": {"caller": {"args": [str(note)]}}}
     await world.broker.api("PUT", "/v1/users/greedy/config/settings", settings)
     assert "hidden" in await shell(world.broker, "greedy", f"test -e {note} && echo seen || echo hidden")
 
