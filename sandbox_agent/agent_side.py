@@ -38,6 +38,11 @@ def failed(what: str) -> Message:
     return {"error": error}
 
 
+def is_session_id(value: Any) -> bool:
+    """May name an ACP session."""
+    return isinstance(value, str) and 0 < len(value) <= jsonrpc.MAX_ID
+
+
 class AgentSide:
     """``ready``: it has answered ``initialize``. ``broken``: why there is no agent to be had, else empty.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sandbox_agent import records
+from sandbox_agent import jsonrpc, records
 from sandbox_agent.jsonrpc import Message
 from sandbox_agent.records import Record
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from sandbox_agent.clients import Client
 
 MAX_CONVERSATIONS = 1024
+MAX_STATE_BYTES = 65_536
+"""Modes and options of one conversation that are kept. Every journal file begins with all that is kept."""
+MAX_OUTCOME_BYTES = 4096
 MAX_OUTCOMES = 512
 """Finished prompts with a message id that are remembered."""
 MAX_EXTRAS = 32
@@ -99,7 +102,12 @@ class Conversation:
     def take_extras(self, result: Any) -> None:
         """Keeps what the agent answered to ``session/new``, ``load`` or ``resume`` besides the id."""
         if isinstance(result, dict):
-            self.extras.update({k: v for k, v in result.items() if k not in ("sessionId", "_meta") and v is not None})
+            self._keep({k: v for k, v in result.items() if k not in ("sessionId", "_meta") and v is not None})
+
+    def _keep(self, extras: dict[str, Any]) -> None:
+        extras = {**self.extras, **extras}
+        if len(jsonrpc.dumps(extras)) <= MAX_STATE_BYTES:
+            self.extras = extras
 
     def track(self, update: Any) -> bool:
         """Follows an update that changes what ``session/list`` or ``load`` say; True when it did."""
@@ -109,7 +117,7 @@ class Conversation:
         if what == "current_mode_update":
             return self.set_mode(update.get("currentModeId"))
         if what == "config_option_update" and isinstance(update.get("configOptions"), list):
-            self.extras["configOptions"] = update["configOptions"]
+            self.set_options(update["configOptions"])
             return True
         if what == "session_info_update" and isinstance(update.get("title"), str):
             self.title = update["title"][:TITLE_LENGTH]
@@ -121,8 +129,12 @@ class Conversation:
         modes = self.extras.get("modes")
         if not isinstance(modes, dict) or not isinstance(mode, str):
             return False
-        self.extras["modes"] = {**modes, "currentModeId": mode}
+        self._keep({"modes": {**modes, "currentModeId": mode}})
         return True
+
+    def set_options(self, options: Any) -> None:
+        """Notes the configuration options as they are now."""
+        self._keep({"configOptions": options})
 
 
 class Conversations:
@@ -145,30 +157,41 @@ class Conversations:
         public = session_id
         if session_id in self.by_id:  # an agent that starts numbering anew
             public = f"{session_id}.{self._next_number}"
-            older = self.by_agent_id.get(session_id)
-            if older is not None:
-                older.agent_id = ""
         found = Conversation(self._next_number, public, session_id, cwd, at=at, first=first)
         self._next_number += 1
         self._put(found)
         if len(self.by_id) > MAX_CONVERSATIONS:
-            self._forget_oldest(found)
+            idle = self._idle()
+            idle.remove(found)
+            if idle:
+                self.remove(min(idle, key=lambda c: c.at))
         return found
+
+    @property
+    def full(self) -> bool:
+        """There is room for no more: as many as may be, and all of them in use."""
+        return len(self.by_id) >= MAX_CONVERSATIONS and not self._idle()
+
+    def _idle(self) -> list[Conversation]:
+        return [c for c in self.by_id.values() if not c.subscribers and c.turn is None and not c.restoring]
 
     def _put(self, conversation: Conversation) -> None:
         for old in (self.by_id.get(conversation.id), self.by_number.get(conversation.number)):
             if old is not None:
                 self.remove(old)
         self.by_id[conversation.id] = conversation
-        self.by_agent_id[conversation.agent_id] = conversation
+        self._name(conversation, conversation.agent_id)
         self.by_number[conversation.number] = conversation
         self._next_number = max(self._next_number, conversation.number + 1)
 
-    def _forget_oldest(self, new: Conversation) -> None:
-        for old in self.by_id.values():
-            if old is not new and not old.subscribers and old.turn is None:
-                self.remove(old)
-                return
+    def _name(self, conversation: Conversation, agent_id: str) -> None:
+        """An agent id means the conversation that got it last: an agent may number anew."""
+        older = self.by_agent_id.get(agent_id)
+        if older is not None and older is not conversation:
+            older.agent_id, older.live = "", False
+        conversation.agent_id = agent_id
+        if agent_id:
+            self.by_agent_id[agent_id] = conversation
 
     def remove(self, conversation: Conversation) -> None:
         """Forgets it."""
@@ -181,8 +204,7 @@ class Conversations:
         """The agent knows it by another id from now on."""
         if self.by_agent_id.get(conversation.agent_id) is conversation:
             del self.by_agent_id[conversation.agent_id]
-        conversation.agent_id = agent_id
-        self.by_agent_id[agent_id] = conversation
+        self._name(conversation, agent_id)
 
     def page(self, cursor: int, size: int) -> tuple[list[Conversation], int]:
         """The newest first, from ``cursor`` on, and the next cursor (0 at the end)."""
@@ -219,6 +241,8 @@ class Conversations:
         self._prompts.pop((number, message_id), None)
         if outcome is None:
             return
+        if len(jsonrpc.dumps(outcome)) > MAX_OUTCOME_BYTES:
+            outcome = _shortened(outcome)
         self._prompts[number, message_id] = outcome
         if len(self._prompts) > MAX_OUTCOMES:
             done = next((key for key, value in self._prompts.items() if not isinstance(value, Turn)), None)
@@ -285,6 +309,16 @@ class Conversations:
     def interrupted_ended(self, number: int, message_id: str, outcome: Message) -> None:
         """A prompt of an earlier agent server ended without an answer."""
         self._ended(number, message_id, outcome)
+
+
+def _shortened(outcome: Message) -> Message:
+    """What an outsized answer to a prompt came to."""
+    if "error" in outcome:
+        error = jsonrpc.safe_error(outcome["error"])
+        return {"error": {"code": error["code"], "message": error["message"][:1000]}}
+    result = outcome.get("result")
+    reason = result.get("stopReason") if isinstance(result, dict) else None
+    return {"result": {"stopReason": reason if isinstance(reason, str) and len(reason) < 100 else "end_turn"}}
 
 
 def title_of(prompt: Any) -> str:

@@ -115,6 +115,7 @@ class Journal:
         self._sync_wanted = False
         self._sync_timer: asyncio.TimerHandle | None = None
         self._rolling = False
+        self._closed = False
         self._pool = ThreadPoolExecutor(1, "journal")
 
     # -- opening ---------------------------------------------------------------------------------
@@ -207,16 +208,19 @@ class Journal:
         """Adds a record to what ``flush`` will write; returns its position. ``seq`` 0: takes the next."""
         head = records.header(kind, flags, seq or self.take_seq(), conversation, target, body)
         at = self.tail
+        if self.failed:  # nothing will ever be written again
+            return at
         self._pending += (head, body)
         self._pending_bytes += len(head) + len(body)
         return at
 
-    def flush(self) -> None:
-        """Writes what was appended. Raises ``JournalFull`` (it is all kept for the next try), ``JournalFailed``."""
+    def flush(self) -> bool:
+        """Writes what was appended; False: nothing was. Raises ``JournalFull`` (it is all kept for the next
+        try), ``JournalFailed``."""
         if self.failed:
             raise JournalFailed(self.failed)
         if not self._pending:
-            return
+            return False
         segment = self._last
         if segment.end > HARD_LIMIT * self._segment_bytes and self._next is None:
             self.full = True
@@ -230,9 +234,10 @@ class Journal:
         if self._sync_timer is None and self._syncing is None:
             self._sync_timer = asyncio.get_running_loop().call_later(SYNC_S, self.sync)
         if self._next is not None:
-            self._switch()
+            asyncio.get_running_loop().call_soon(self._switch)
         elif segment.end > self._segment_bytes:
             self._maybe_roll()
+        return True
 
     def _write(self, segment: Segment) -> None:
         parts = self._pending if len(self._pending) <= 1000 else [b"".join(self._pending)]
@@ -308,6 +313,7 @@ class Journal:
     def _fail(self, what: str) -> None:
         if not self.failed:
             self.failed = what
+            self._pending, self._pending_bytes = [], 0
             log.error("%s", what)
             asyncio.get_running_loop().call_soon(self._on_failed, what)
 
@@ -332,8 +338,7 @@ class Journal:
         self._next = Segment(grant.segment, fd, 0)
         for number in [n for n in self._segments if n < grant.first]:
             self._drop(self._segments.pop(number).fd)
-        if not self._pending:
-            self._switch()
+        self._switch()
 
     def _drop(self, fd: int) -> None:
         self._dirty.discard(fd)
@@ -343,9 +348,11 @@ class Journal:
             os.close(fd)
 
     def _switch(self) -> None:
-        segment, self._next = self._next, None
-        if segment is None:
+        """Begins the next file. Called by the loop only: within somebody's flush the state may be behind what
+        was just written, and the file would begin with it. With records pending the next flush calls again."""
+        if self._pending or self.failed or self._next is None:
             return
+        segment, self._next = self._next, None
         if os.fstat(segment.fd).st_size:
             self._fail(f"journal segment {segment.number} is new and yet not empty")
         self._last = self._segments[segment.number] = segment
@@ -380,9 +387,12 @@ class Journal:
         return found, found[-1].end if found else base + len(data)  # no record in all of it: damage, step over it
 
     async def close(self) -> None:
-        """Syncs what is written and closes the files."""
+        """Syncs what is written and closes the files, none under a thread that still works on it."""
         if self._sync_timer is not None:
             self._sync_timer.cancel()
+        if not self._closed:
+            self._closed = True
+            await asyncio.get_running_loop().run_in_executor(self._pool, int)
         if self._syncing is not None:
             with contextlib.suppress(OSError):
                 await self._syncing

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from sandbox_agent import jsonrpc, records
-from sandbox_agent.agent_side import AgentSide, failed
+from sandbox_agent.agent_side import AgentSide, failed, is_session_id
 from sandbox_agent.asks import Asks
 from sandbox_agent.clients import Client
 from sandbox_agent.conversations import Conversation, Conversations
@@ -117,6 +117,10 @@ class Requests:
             what = f"{MAX_NEW} conversations of this client are in the making"
             self._refuse(client, request_id, jsonrpc.SERVER_ERROR, what, "session.overloaded", "wait for their answers")
             return
+        if self._conversations.full:
+            what, hint = "as many conversations are open as may be", "session/close or session/delete some first"
+            self._refuse(client, request_id, jsonrpc.SERVER_ERROR, what, "session.overloaded", hint)
+            return
         cwd = self._settings.workspace.cwd(params.get("cwd"))
         try:
             self._settings.workspace.make(cwd)
@@ -147,9 +151,9 @@ class Requests:
     def _made(self, client: Client, request_id: Any, cwd: str, servers: list[Message], reply: Message) -> None:
         result = reply.get("result")
         agent_id = result.get("sessionId") if isinstance(result, dict) else None
-        if not isinstance(result, dict) or not isinstance(agent_id, str):
+        if not isinstance(result, dict) or not isinstance(agent_id, str) or not is_session_id(agent_id):
             if "error" not in reply:
-                reply = {"error": jsonrpc.error(jsonrpc.INTERNAL_ERROR, "the agent made no session")}
+                reply = failed("the agent made no session, or one whose id is too long")
             self._give(client, request_id, reply, None)
             return
         start = self._outbox.position
@@ -191,15 +195,14 @@ class Requests:
         """A conversation that only the agent may know: its own replay becomes the history."""
         session_id = params.get("sessionId")
         capability = "loadSession" if method == "session/load" else "resume"
-        if not isinstance(session_id, str) or not self._agent.can(capability):
+        known = session_id in self._conversations.by_agent_id if isinstance(session_id, str) else True
+        if not isinstance(session_id, str) or not is_session_id(session_id) or known or not self._agent.can(capability):
             self._not_found(client, request_id)
             return
         cwd = self._settings.workspace.cwd(params.get("cwd"))
         wanted = {"sessionId": session_id, "cwd": cwd, "mcpServers": self._settings.servers([])}
         start = self._outbox.position
         found = self._conversations.add(session_id, cwd, first=start, at=time.time())
-        self._outbox.note(records.CONVERSATION, found.saved(), found)
-        self._outbox.subscribe(client, found)
 
         def loaded(reply: Message) -> None:
             if "error" in reply:
@@ -209,9 +212,14 @@ class Requests:
                 found.live, found.version = True, self._settings.version
                 found.take_extras(reply.get("result"))
             self._give(client, request_id, reply, found)
+            self._restorer.adopted(found, reply if "error" in reply else None)
 
         if not self._forward(client, request_id, method, wanted, found, loaded):
             self._conversations.remove(found)
+            return
+        found.restoring = True
+        self._outbox.note(records.CONVERSATION, found.saved(), found)
+        self._outbox.subscribe(client, found)
 
     def _list(self, client: Client, request_id: Any, params: Message) -> None:
         cursor = params.get("cursor") or "0"
@@ -304,7 +312,7 @@ class Requests:
         if method == "session/set_mode" and "error" not in reply:
             changed = found.set_mode(params.get("modeId"))
         elif method == "session/set_config_option" and isinstance(result, dict) and "configOptions" in result:
-            found.extras["configOptions"] = result["configOptions"]
+            found.set_options(result["configOptions"])
             changed = True
         if changed:
             self._outbox.note(records.CONVERSATION, found.saved(), found)

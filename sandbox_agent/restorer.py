@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sandbox_agent import records
-from sandbox_agent.agent_side import AgentSide
+from sandbox_agent.agent_side import AgentSide, failed, is_session_id
 from sandbox_agent.conversations import Conversation, Conversations, WhenLive
 from sandbox_agent.jsonrpc import Message
 from sandbox_agent.outbox import Outbox
@@ -76,13 +76,13 @@ class Restorer:
             log.warning("the agent could not restore a conversation: %s", str(reply["error"])[:300])
             self._anew(conversation)
         elif conversation.quiet and "error" not in reply:
-            self._agent.call(FENCE, {}, lambda _: self._fenced(conversation, reply), within_s=FENCE_S)
+            self._agent.call(FENCE, {}, lambda fence: self._fenced(conversation, reply, fence), within_s=FENCE_S)
         else:
             self._done(conversation, reply)
 
-    def _fenced(self, conversation: Conversation, reply: Message) -> None:
+    def _fenced(self, conversation: Conversation, reply: Message, fence: Message) -> None:
         if conversation.restoring:
-            self._done(conversation, reply)
+            self._done(conversation, reply if self._agent.ready else fence)  # not ready: it died meanwhile
 
     def _anew(self, conversation: Conversation) -> None:
         conversation.quiet = False
@@ -92,22 +92,30 @@ class Restorer:
         if not conversation.restoring:
             return
         result = reply.get("result")
-        if isinstance(result, dict) and isinstance(result.get("sessionId"), str):
+        if isinstance(result, dict) and is_session_id(result.get("sessionId")):
             self._conversations.rename(conversation, result["sessionId"])
             self._done(conversation, reply)
             self._on_lost(conversation)
         elif "error" in reply:
             self._done(conversation, reply)
         else:
-            self._done(conversation, {"error": {"code": -32603, "message": "the agent made no session"}})
+            self._done(conversation, failed("the agent made no session"))
 
     def _done(self, conversation: Conversation, reply: Message) -> None:
-        conversation.restoring = conversation.refreshing = False
+        conversation.restoring = conversation.refreshing = conversation.quiet = False
         error = reply if "error" in reply else None
         if error is None:
             conversation.live, conversation.version = True, self._settings.version
             conversation.take_extras(reply.get("result"))
             self._outbox.note(records.CONVERSATION, conversation.saved(), conversation)
+        self._tell(conversation, error)
+
+    def adopted(self, conversation: Conversation, error: Message | None) -> None:
+        """A load that somebody else asked for (with ``restoring`` set) has ended; others may wait for it."""
+        conversation.restoring = False
+        self._tell(conversation, error)
+
+    def _tell(self, conversation: Conversation, error: Message | None) -> None:
         waiting, conversation.when_live = conversation.when_live, []
         for then in waiting:
             then(error)
@@ -121,5 +129,7 @@ class Restorer:
         return {"cwd": conversation.cwd, "mcpServers": self._settings.servers(conversation.servers)}
 
     def agent_down(self, conversation: Conversation) -> None:
-        """The process is gone; what was under way has been answered with its error already."""
+        """The process is gone, and what was under way with it."""
         conversation.live = conversation.restoring = conversation.quiet = conversation.refreshing = False
+        if conversation.when_live:
+            self._tell(conversation, failed("the agent ended before it had the conversation"))
