@@ -19,13 +19,15 @@ TMP_BYTES = 512 * 2**20
 ROOT_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 ETC = (
     *("alternatives", "bash.bashrc", "ca-certificates", "ca-certificates.conf", "debian_version", "fonts", "gai.conf"),
-    *("gitconfig", "host.conf", "inputrc", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "locale.alias", "localtime"),
+    *("host.conf", "inputrc", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "locale.alias", "localtime"),
     *("magic", "mime.types", "os-release", "perl", "profile", "protocols", "python3", "python3.11", "python3.12"),
-    *("python3.13", "services", "ssl", "terminfo", "timezone"),
+    *("python3.13", "services", "ssl/certs", "ssl/openssl.cnf", "terminfo", "timezone"),
 )
-"""What programs commonly read there and what holds no secret."""
+"""What programs commonly read there and what holds no secret: not ``ssl/private``, and not ``gitconfig``, in whose
+addresses tokens are kept."""
 _NEVER = tuple(map(Path, ("/", "/dev", "/etc", "/home", "/proc", "/root", "/run", "/sys", "/tmp", "/var", VOL_DIR)))
-_COVERED = tuple(map(Path, ("/usr", *ROOT_LINKS)))
+_NEVER_BELOW = tuple(map(Path, ("/dev", "/proc", "/sys")))
+_COVERED = ("/usr", *ROOT_LINKS)
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,27 @@ class Shown:
 
 @dataclass(frozen=True)
 class View:
-    """All that one sandbox sees. ``etc``: generated files by their target."""
+    """All that one sandbox sees. ``files``: generated files by their target. ``hidden``: the state directory,
+    which nobody sees though it may lie in a directory that is shown."""
 
     sock_dir: Path
     vol_dir: Path
     packages_dir: Path
     shown: tuple[Shown, ...]
     files: Mapping[str, Path]
+    hidden: Path | None = None
 
 
 def _inside(path: Path, directory: Path) -> bool:
-    return path == directory or directory in path.parents
+    return _below(str(path), str(directory))
+
+
+def _below(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory if directory == "/" else directory + "/")
+
+
+def _too_much(path: Path) -> bool:
+    return path in _NEVER or any(_inside(path, top) for top in _NEVER_BELOW)
 
 
 def check_visible(paths: Iterable[str], state_dir: Path) -> None:
@@ -62,7 +74,7 @@ def check_visible(paths: Iterable[str], state_dir: Path) -> None:
             why = "is not absolute"
         elif not path.exists():
             why = "does not exist"
-        elif path in _NEVER or real in _NEVER or any(_inside(real, Path(top)) for top in ("/proc", "/sys", "/dev")):
+        elif _too_much(path) or _too_much(real):
             why = "is too much to show"
         elif _inside(real, state) or _inside(state, real):
             why = f"would show {state_dir}, where everybody's homes are"
@@ -101,9 +113,12 @@ def _hops(path: Path) -> list[Shown]:
     """``path`` and, where it is a symbolic link, each step to what it leads to."""
     hops: list[Shown] = []
     for _ in range(40):
-        if not path.is_symlink():
-            return [*hops, Shown(path)] if path.exists() else hops
-        target = os.readlink(path)
+        if _too_much(path) or not os.path.lexists(path):
+            return hops
+        try:
+            target = os.readlink(path)
+        except OSError:  # no link
+            return [*hops, Shown(path)]
         hops.append(Shown(path, target))
         path = Path(os.path.normpath(path.parent / target))
     return []
@@ -128,7 +143,9 @@ def shown_paths(words: Iterable[str], trees: Iterable[Path], state_dir: Path) ->
 
 def _showable(path: Path, state: Path) -> bool:
     real = Path(os.path.realpath(path))
-    return not (path in _NEVER or real in _NEVER or real.is_socket() or _inside(state, real) or _inside(real, state))
+    if _too_much(path) or _too_much(real) or real.is_socket():
+        return False
+    return not (_inside(state, real) or _inside(real, state))
 
 
 def _pruned(items: Sequence[Shown]) -> list[Shown]:
@@ -144,8 +161,9 @@ def _pruned(items: Sequence[Shown]) -> list[Shown]:
 
 def _covered(path: Path) -> bool:
     """Whether the base view holds it: of ``/opt`` all but the place of the shared packages."""
-    in_opt = _inside(path, Path("/opt")) and not _inside(path, Path(PACKAGES_DIR))
-    return in_opt or any(_inside(path, top) for top in _COVERED)
+    text = str(path)
+    in_opt = _below(text, "/opt") and not _below(text, PACKAGES_DIR)
+    return in_opt or any(_below(text, top) for top in _COVERED)
 
 
 class _Args:
@@ -153,23 +171,28 @@ class _Args:
 
     def __init__(self) -> None:
         self.words: list[str] = []
-        self._made: set[Path] = {Path("/")}
+        self._made: set[str] = set()
 
-    def _parents(self, target: Path) -> None:
-        for parent in reversed(target.parents):
+    def _parents(self, target: str) -> None:
+        # Text, not paths: this runs for each new sandbox, and what a thread computes holds the loop up.
+        end = target.find("/", 1)
+        while end != -1:
+            parent = target[:end]
             if parent not in self._made:
-                self.words += ["--perms", "0755", "--dir", str(parent)]
+                self.words += ["--perms", "0755", "--dir", parent]
                 self._made.add(parent)
+            end = target.find("/", end + 1)
 
     def mount(self, kind: str, source: Path | str, target: Path | str) -> None:
-        self._parents(Path(target))
-        self.words += [kind, str(source), str(target)]
-        self._made.add(Path(target))
+        place = str(target)
+        self._parents(place)
+        self.words += [kind, str(source), place]
+        self._made.add(place)
 
     def tmpfs(self, target: str, mode: str = "1777") -> None:
-        self._parents(Path(target))
+        self._parents(target)
         self.words += ["--perms", mode, "--size", str(TMP_BYTES), "--tmpfs", target]
-        self._made.add(Path(target))
+        self._made.add(target)
 
     def show(self, item: Shown) -> None:
         if item.link:
@@ -195,15 +218,15 @@ def _opt_tree(args: _Args, directory: Path, packages: Path) -> None:
     """Mounts what ``directory`` holds, entry by entry on the way to ``packages``, which must stay free."""
     if not directory.is_dir():
         return
-    for entry in sorted(directory.iterdir()):
-        if entry == packages:
+    for entry in sorted(os.scandir(directory), key=lambda found: found.name):
+        if entry.path == str(packages):
             continue
-        if _inside(packages, entry):
-            _opt_tree(args, entry, packages)
+        if _below(str(packages), entry.path):
+            _opt_tree(args, Path(entry.path), packages)
         elif entry.is_symlink():
-            args.mount("--symlink", os.readlink(entry), entry)
+            args.mount("--symlink", os.readlink(entry.path), entry.path)
         elif entry.is_dir() or entry.is_file():
-            args.mount("--ro-bind", entry, entry)
+            args.mount("--ro-bind", entry.path, entry.path)
 
 
 def view_args(view: View) -> list[str]:
@@ -218,10 +241,20 @@ def view_args(view: View) -> list[str]:
     args.tmpfs("/var/tmp")
     for item in view.shown:
         args.show(item)
+    sealed = _hide(args, view.hidden) if view.hidden is not None else []
     args.mount("--ro-bind", view.sock_dir, SOCK_DIR)
     args.mount("--bind", view.vol_dir, VOL_DIR)
     args.mount("--ro-bind", view.packages_dir, PACKAGES_DIR)
-    return [*args.words, "--remount-ro", "/dev", "--remount-ro", "/"]
+    return [*args.words, *sealed, "--remount-ro", "/dev", "--remount-ro", "/"]
+
+
+def _hide(args: _Args, state_dir: Path) -> list[str]:
+    """Lays an empty directory over ``state_dir`` where ``/usr`` or ``/opt`` would show it; returns what seals it."""
+    real = os.path.realpath(state_dir)
+    if not any(_below(real, top) for top in ("/usr", "/opt")):
+        return []
+    args.tmpfs(real, "0755")
+    return ["--remount-ro", real]
 
 
 def isolation_args(uid: int, gid: int, *, root: bool) -> tuple[list[str], list[str]]:

@@ -111,6 +111,29 @@ def test_only_the_volume_is_writable_and_parents_can_be_passed(tmp_path: Path) -
     assert mounted.isdisjoint(("/etc/shadow", "/etc", "/home", "/root", "/var", "/run"))
 
 
+def test_no_private_key_and_no_token_of_the_host_is_mounted(tmp_path: Path) -> None:
+    args = _view(tmp_path, ())
+    mounted = {args[i + 1] for i, word in enumerate(args) if word == "--ro-bind"}
+    assert mounted.isdisjoint(("/etc/ssl", "/etc/ssl/private", "/etc/gitconfig"))
+    assert not os.path.exists("/etc/ssl/certs") or "/etc/ssl/certs" in mounted
+
+
+def test_the_state_directory_is_hidden_in_what_is_shown(tmp_path: Path) -> None:
+    for hidden in ("/opt/broker/state", "/usr/local/state"):
+        view = bwrap.View(tmp_path / "sock", tmp_path / "vol", tmp_path / "pk", (), {}, Path(hidden))
+        args = bwrap.view_args(view)
+        at = args.index(hidden, args.index("--tmpfs"))
+        assert args[at - 1] == "--tmpfs"
+        assert at > max(i for i, word in enumerate(args) if word == "/usr")
+        assert args[args.index("--remount-ro") + 1] == hidden
+    plain = bwrap.View(tmp_path / "sock", tmp_path / "vol", tmp_path / "pk", (), {}, tmp_path / "state")
+    assert str(tmp_path / "state") not in bwrap.view_args(plain)
+
+
+def test_a_command_cannot_name_the_kernels_file_systems(state: Path) -> None:
+    assert _shown(["/proc/1/root", "/proc/self/environ", "/sys/kernel", "/dev/null"], state) == {}
+
+
 def test_root_sheds_everything_and_others_have_their_own_user_namespace() -> None:
     spaces, shed = bwrap.isolation_args(64321, 64321, root=True)
     assert "--unshare-user" not in spaces
