@@ -21,8 +21,6 @@ from broker.metrics import SANDBOX_CALLS, SANDBOX_ERRORS
 
 T = TypeVar("T")
 
-CONNECTIONS = 64
-"""Calls at once; more wait, within their deadline."""
 QUIET_S = 600.0
 """An event stream on which nothing came for so long is taken for half-open."""
 
@@ -69,6 +67,17 @@ class Engine:
         except (aiodocker.DockerError, aiohttp.ClientError, OSError) as error:
             SANDBOX_ERRORS.labels("docker", call).inc()
             raise self._mapped(call, error) from error
+        except (ValueError, TypeError, LookupError) as error:
+            SANDBOX_ERRORS.labels("docker", call).inc()
+            raise self._rubbish(call, error) from error
+
+    def _rubbish(self, call: str, error: Exception) -> CortexError:
+        return CortexError(
+            Code.ENGINE_ERROR,
+            f"what listens at {self.host} does not answer {call} as Docker Engine does",
+            cause=error,
+            hint="Correct sandbox.docker.host (or DOCKER_HOST), or update the engine: 20.10 or later.",
+        )
 
     def timed_out(self, call: str, timeout_s: float) -> CortexError:
         """The error of a call that had no answer in ``timeout_s`` seconds."""
@@ -87,6 +96,10 @@ class Engine:
                 hint = "Let the broker's user use the engine: usermod -aG docker USER, then log in again."
             return CortexError(
                 Code.ENGINE_DOWN, f"Docker Engine at {self.host} cannot be reached", cause=message, hint=hint
+            )
+        if status == 404 and call == "create":
+            return CortexError(
+                Code.IMAGE_MISSING, "the sandbox image is gone", cause=message, hint="Build it again with `make image`."
             )
         if status == 404:
             return CortexError(
@@ -188,7 +201,11 @@ class Engine:
         container that ended. Raises ``CortexError`` when the engine cannot be reached.
         """
         # The engine's own clock: its buffer replays what happened between this call and the stream.
-        since = datetime.fromisoformat((await self.info())["SystemTime"]).timestamp()
+        info = await self.info()
+        try:
+            since = datetime.fromisoformat(info["SystemTime"]).timestamp()
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._rubbish("info", error) from error
         docker = self._docker()
         filters = json.dumps({"type": ["container"], "event": ["die", "destroy"], "label": [label]})
         quiet: Any = aiohttp.ClientTimeout(sock_read=QUIET_S)

@@ -118,7 +118,7 @@ def _host_config(spec: SandboxSpec, config: DockerConfig, files: Mapping[str, Pa
         "Memory": memory,
         "MemorySwap": memory,
         "NanoCpus": math.ceil((spec.cpus or config.cpus) * 1e9),
-        "PidsLimit": config.pids,
+        "PidsLimit": spec.pids or config.pids,
         "OomScoreAdj": 500,
         "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
         "Tmpfs": {"/tmp": f"rw,exec,nosuid,nodev,mode=1777,size={config.tmp_bytes}"},

@@ -15,9 +15,11 @@ from broker.config import DockerConfig
 from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
 from broker.sandbox.docker import DockerDriver
-from broker.sandbox.driver import SandboxDriver
+from broker.sandbox.driver import SandboxDriver, SandboxSpec
 from tests.integration.sandbox.kinds import DOCKER, IMAGE, docker_missing
 from tests.integration.sandbox.rig import Rig
+
+SPEC = SandboxSpec("a", 1, Path("/s"), Path("/v"), Path("/p"), 64321)
 
 # When the engine is not well
 
@@ -70,6 +72,29 @@ async def test_an_engine_that_answers_rubbish(monkeypatch: pytest.MonkeyPatch, t
 
     server = await asyncio.start_unix_server(rubbish, tmp_path / "ssh.sock")
     await _refused(await _docker_at(monkeypatch, f"unix://{tmp_path}/ssh.sock"), Code.ENGINE_DOWN, "Docker Engine")
+    server.close()
+
+
+@pytest.mark.parametrize("body", ["<html>", "[1, 2]", "{}", "null", '{"Id": 5, "Runtimes": 7}'])
+async def test_something_else_that_speaks_http(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, tmp_path / "web.sock")
+    driver = await _docker_at(monkeypatch, f"unix://{tmp_path}/web.sock", runtime="runsc")
+    with pytest.raises(CortexError) as caught:
+        await driver.open()
+    assert caught.value.code is Code.ENGINE_ERROR
+    with pytest.raises(CortexError) as caught:
+        await driver._engine.ended("x", lambda: None, lambda _: None)
+    assert "DOCKER_HOST" in caught.value.hint
+    for call in (driver.list(), driver.inspect("x"), driver.create(SPEC)):
+        with pytest.raises(CortexError):
+            await call
+    await driver.close()
     server.close()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ SPECS = st.builds(
     memory_bytes=st.none() | st.integers(2**23, 2**40),
     cpus=st.none() | st.floats(0.01, 64),
     gid=st.none() | st.integers(1, 2**31 - 2),
+    pids=st.none() | st.integers(16, 2**20),
 )
 
 
@@ -68,9 +70,11 @@ def test_labels_of_a_spec_cannot_pass_for_ours(spec: SandboxSpec) -> None:
 
 
 def test_limits_of_the_spec_go_before_those_of_the_config() -> None:
-    spec = SandboxSpec("a", 1, Path("s"), Path("v"), Path("p"), 5, memory_bytes=2**24, cpus=0.5)
+    spec = SandboxSpec("a", 1, Path("s"), Path("v"), Path("p"), 5, memory_bytes=2**24, cpus=0.5, pids=40)
     host = _config(spec, memory_bytes=2**30, cpus=4, runtime="runsc")["HostConfig"]
     assert (host["Memory"], host["NanoCpus"], host["Runtime"]) == (2**24, 5 * 10**8, "runsc")
+    assert host["PidsLimit"] == 40
+    assert _config(replace(spec, pids=None), pids=99)["HostConfig"]["PidsLimit"] == 99
     assert all(mount["Source"].startswith("/") for mount in host["Mounts"])
     assert "Runtime" not in _config(spec)["HostConfig"]
 
