@@ -123,7 +123,7 @@ class ProcessDriver:
                 self._adopt(*await asyncio.to_thread(process_spawn.adopt, record, self._records))
 
     async def close(self) -> None:
-        for box in self._boxes.values():
+        for box in list(self._boxes.values()):
             if box.starting is not None:
                 await asyncio.wait([box.starting])
             self._unwatch(box)
@@ -140,7 +140,10 @@ class ProcessDriver:
         empty = self._state_dir / "process" / "trial"
         empty.mkdir(mode=0o755, exist_ok=True)
         spec = SandboxSpec("trial", 0, empty, empty, empty, self._uid, gid=self._gid)
-        argv = [*process_spawn.launcher(), *self._prefix(spec), self._entry[0], "-I", "-S", "-c", "pass"]
+        bubblewrap, *rest = self._prefix(spec)
+        # A trial that hangs is killed, and all of it with it.
+        argv = [*process_spawn.launcher(), bubblewrap, "--die-with-parent", *rest]
+        argv += [self._entry[0], "-I", "-S", "-c", "pass"]
         try:
             done = subprocess.run(
                 argv,
@@ -165,9 +168,22 @@ class ProcessDriver:
                     Code.ENGINE_ERROR, f"sandbox {ref} exists", hint="A new start needs a new incarnation."
                 )
             await self.remove(ref)
+        preparing = self._tasks.start(self._prepared(ref, spec), f"create-{ref}", on_error=lambda _: None)
+        try:
+            await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            # The thread goes on, so its record can only be deleted once it is written.
+            self._tasks.start(self._undo(preparing), f"undo-{ref}", on_error=lambda _: None)
+            raise
+        return ref
+
+    async def _prepared(self, ref: str, spec: SandboxSpec) -> str:
         record = await asyncio.to_thread(self._prepare, ref, spec)
         self._boxes[ref] = _Box(record)
         return ref
+
+    async def _undo(self, preparing: asyncio.Task[str]) -> None:
+        await self.remove(await preparing)
 
     def _prepare(self, ref: str, spec: SandboxSpec) -> Record:
         for path in (spec.sock_dir, spec.vol_dir, spec.packages_dir):
@@ -207,6 +223,7 @@ class ProcessDriver:
             spec.packages_dir.absolute(),
             bwrap.shown_paths((*self._entry, *spec.commands), trees, self._state_dir),
             files,
+            self._state_dir,
         )
         spaces, shed = bwrap.isolation_args(spec.uid, spec.group, root=self._root)
         marker = f"{self._installation}/{spec.slot}.{spec.incarnation}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,8 +67,8 @@ class Records:
         fresh = path.with_suffix(".new")
         try:
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "w") as file:
-                json.dump(asdict(record), file)
+            with os.fdopen(fd, "wb") as file:
+                file.write(_text(record))
             os.replace(fresh, path)
         except OSError as error:
             raise _error(path, error) from error
@@ -88,6 +88,13 @@ class Records:
             except (OSError, ValueError, TypeError, KeyError) as error:
                 log.error("sandbox_record_unreadable", path=str(path), error=str(error))
         return found
+
+
+def _text(record: Record) -> bytes:
+    data = vars(record) | {
+        name: vars(one) for name in ("init", "monitor") if (one := getattr(record, name)) is not None
+    }
+    return json.dumps(data).encode()
 
 
 def _parse(data: dict[str, Any]) -> Record:

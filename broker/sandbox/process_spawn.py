@@ -6,6 +6,7 @@ reading as well: a broker that is gone breaks no pipe, and the next broker reads
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -45,13 +46,15 @@ def _reader(path: Path) -> int | None:
     return None
 
 
-def _pipe(path: Path) -> tuple[int, int]:
-    """A new named pipe: (our end, the sandbox's end). The sandbox never blocks on a full one."""
+def _pipe(path: Path, opened: list[int]) -> tuple[int, int]:
+    """A new named pipe: (our end, the sandbox's end), both added to ``opened``. The sandbox never blocks on a
+    full one."""
     with suppress(FileNotFoundError):
         path.unlink()
     os.mkfifo(path, 0o600)
-    ours = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    return ours, os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    for flags in (os.O_RDONLY, os.O_RDWR):
+        opened.append(os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC))
+    return opened[-2], opened[-1]
 
 
 def command(record: Record, status_fd: int | None) -> list[str]:
@@ -82,36 +85,43 @@ def spawn(record: Record, records: Records) -> tuple[Record, Handles]:
     Raises ``CortexError`` when it cannot be started.
     """
     records.save(replace(record, stage="starting", boot=procfs.boot_id(), init=None, monitor=None, code=None))
-    out, theirs_out = _pipe(records.fifo(record.ref, "out"))
-    status, theirs_status = _pipe(records.fifo(record.ref, "status")) if record.isolated else (None, None)
+    opened: list[int] = []
     try:
+        out, theirs_out = _pipe(records.fifo(record.ref, "out"), opened)
+        status, theirs = _pipe(records.fifo(record.ref, "status"), opened) if record.isolated else (None, None)
         child = subprocess.Popen(
-            (launcher() if record.isolated else []) + command(record, theirs_status),
+            (launcher() if record.isolated else []) + command(record, theirs),
             stdin=subprocess.DEVNULL,
             stdout=theirs_out,
             stderr=theirs_out,
             env=record.env,
             cwd="/",
-            pass_fds=() if theirs_status is None else (theirs_status,),
+            pass_fds=() if theirs is None else (theirs,),
             start_new_session=True,
             umask=0o022,
         )
     except OSError as error:
-        for fd in (out, status):
-            if fd is not None:
-                os.close(fd)
-        raise CortexError(
-            Code.ENGINE_ERROR,
-            f"cannot execute {record.argv[0]}",
-            cause=error,
-            hint="Install bubblewrap, or mend the Python that runs the broker.",
-        ) from error
-    finally:
-        os.close(theirs_out)
-        if theirs_status is not None:
-            os.close(theirs_status)
+        for fd in opened:
+            os.close(fd)
+        raise _cannot(record, error) from error
+    for fd in opened:
+        if fd not in (out, status):
+            os.close(fd)
     child.returncode = 0  # it outlives us on purpose; its end is seen by pidfd
     return _settle(record, records, child.pid, out, status)
+
+
+def _cannot(record: Record, error: OSError) -> CortexError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CortexError(
+            Code.DISK_FULL, f"cannot start sandbox {record.ref}", cause=error, hint="Make room under state_dir."
+        )
+    return CortexError(
+        Code.ENGINE_ERROR,
+        f"cannot execute {record.argv[0]}",
+        cause=error,
+        hint="Install bubblewrap, or mend the Python that runs the broker.",
+    )
 
 
 def _settle(record: Record, records: Records, pid: int, out: int, status: int | None) -> tuple[Record, Handles]:
@@ -121,10 +131,7 @@ def _settle(record: Record, records: Records, pid: int, out: int, status: int | 
     init = monitor if status is None else _init_of(status, monitor_fd)
     init_fd = None if init is None else procfs.open_pidfd(init)
     if init is None or init_fd is None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, 9)
-        procfs.ready([monitor_fd], SPAWN_TIMEOUT_S)
-        procfs.reap(monitor_fd)
+        _end(pid, monitor_fd)
         words = read_tail(out, b"").decode(errors="replace").strip()
         handles.close()
         raise CortexError(
@@ -135,8 +142,22 @@ def _settle(record: Record, records: Records, pid: int, out: int, status: int | 
         )
     handles.init = init_fd
     record = replace(record, stage="running", boot=procfs.boot_id(), init=init, monitor=monitor, code=None)
-    records.save(record)
+    try:
+        records.save(record)
+    except CortexError:
+        # Nobody would know of it, and take its slot for free while it runs on in there.
+        _end(pid, monitor_fd)
+        handles.close()
+        raise
     return record, handles
+
+
+def _end(pid: int, monitor_fd: int) -> None:
+    """Kills what was started, all of it, and returns when it is dead."""
+    processes = [process for each in procfs.tree(pid) if (process := procfs.identify(each)) is not None]
+    procfs.kill(processes, SPAWN_TIMEOUT_S)
+    procfs.ready([monitor_fd], SPAWN_TIMEOUT_S)
+    procfs.reap(monitor_fd)
 
 
 def _init_of(status: int, monitor_fd: int) -> procfs.Process | None:

@@ -138,8 +138,11 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(kind: str, make: Callable[[TaskOwner, str, Path], SandboxDriver]) -> AsyncIterator[Rig]:
-    base = Path(tempfile.mkdtemp(prefix="cortex-rig-"))
+async def rig(
+    kind: str, make: Callable[[TaskOwner, str, Path], SandboxDriver], base: Path | None = None
+) -> AsyncIterator[Rig]:
+    """``base``: an empty directory, erased in the end; default one of its own."""
+    base = base or Path(tempfile.mkdtemp(prefix="cortex-rig-"))
     tasks = TaskOwner("rig")
     installation = f"test{os.getpid()}"
 

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,9 @@ from broker.config import ProcessConfig
 from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
 from broker.sandbox.process import ProcessDriver
+from broker.sandbox.process_records import Record, Records
 from tests.integration.sandbox.kinds import bwrap_missing
-from tests.integration.sandbox.rig import DIALLER, Rig
+from tests.integration.sandbox.rig import DIALLER, Rig, rig
 
 # The process driver's own
 
@@ -84,6 +87,83 @@ async def test_a_sandbox_survives_a_killed_broker(world: Rig) -> None:
     waiter = asyncio.ensure_future(world.driver.wait(ref))
     await world.driver.stop(ref, 0.1)
     await asyncio.wait_for(waiter, 10)
+
+
+@pytest.mark.parametrize("world", ["process", "plain"], indirect=True)
+async def test_what_cannot_be_noted_does_not_run(world: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up between the start and the note of it: the slot would be given back, still in use."""
+    slot = await world.slot()
+    ref = await world.create(slot)
+    save = Records.save
+
+    def full(records: Records, record: Record) -> None:
+        if record.stage == "running":
+            raise CortexError(Code.DISK_FULL, "no space", hint="Make room.")
+        save(records, record)
+
+    monkeypatch.setattr(Records, "save", full)
+    with pytest.raises(CortexError) as caught:
+        await world.driver.start(ref)
+    assert caught.value.code is Code.DISK_FULL
+    mark = str(slot.spec.sock_dir if world.kind == "plain" else slot.spec.vol_dir).encode()
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if _mentions(path, mark)]
+    assert left == []
+    monkeypatch.undo()
+    await world.driver.start(ref)
+    assert await world.driver.inspect(ref) == "running"
+
+
+def _mentions(path: Path, word: bytes) -> bool:
+    with suppress(OSError):
+        return word in path.read_bytes()
+    return False
+
+
+@pytest.mark.parametrize("world", ["process"], indirect=True)
+async def test_a_pipe_that_cannot_be_made_is_told(world: Rig) -> None:
+    slot = await world.slot()
+    ref = await world.create(slot)
+    (world.base / f"state/process/{ref}.status").mkdir()
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(CortexError):
+        await world.driver.start(ref)
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+    (world.base / f"state/process/{ref}.status").rmdir()
+
+
+@pytest.mark.parametrize("world", ["process"], indirect=True)
+async def test_a_cancelled_create_leaves_nothing(world: Rig) -> None:
+    for _ in range(3):
+        slot = await world.slot()
+        task = asyncio.ensure_future(world.driver.create(slot.spec))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+    async with asyncio.timeout(10):
+        while len(world.tasks):
+            await asyncio.sleep(0.01)
+    assert await world.driver.list() == []
+    assert not list((world.base / "state/process").glob("*.json"))
+
+
+@pytest.mark.parametrize("place", ["/opt", "/usr/local"])
+@pytest.mark.skipif(os.getuid() != 0 or bool(bwrap_missing()), reason="needs root and bubblewrap")
+async def test_state_below_what_is_shown_is_hidden(place: str) -> None:
+    def make(tasks: TaskOwner, installation: str, state: Path) -> ProcessDriver:
+        entry = (sys.executable, "-I", "-S", str(DIALLER))
+        return ProcessDriver(ProcessConfig(), installation=installation, state_dir=state, tasks=tasks, entry=entry)
+
+    base = Path(tempfile.mkdtemp(prefix="cortex-rig-", dir=place))
+    base.chmod(0o755)
+    try:
+        async with rig("process", make, base) as world:
+            _, _, peer = await world.up()
+            (base / "state/readable").touch(mode=0o644)
+            assert await peer.run(f"import os; result = os.listdir({str(base / 'state')!r})") == []
+            assert await peer.fails(f"open({str(base / 'state/x')!r}, 'w')")
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="runs as an ordinary user already")
