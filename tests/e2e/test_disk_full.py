@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import acp
 import pytest
 
+from tests import host
 from tests.e2e.conftest import process_config
 from tests.e2e.harness import Client, connected, running, start_fails, turn
 
@@ -21,15 +21,8 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.fixture
 def small_disk(place: Path) -> Iterator[Path]:
     """A file system of 64 MiB under the state directory."""
-    state = place / "state"
-    state.mkdir(mode=0o700)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m,mode=0700", "none", str(state)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(state)], check=True)
+    with host.small_disk(place / "state", "64m", "mode=0700"):
+        yield place
 
 
 def fill(state: Path) -> Path:

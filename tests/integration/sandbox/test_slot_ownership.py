@@ -22,6 +22,7 @@ from broker.errors import Code, CortexError
 from broker.sandbox.drivers import sandbox_uid
 from broker.sandbox.slots import Slots, home_key
 from broker.sandbox.sockets import SlotSockets
+from tests import host
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can play the other users")
 
@@ -176,6 +177,7 @@ def test_a_broker_without_the_right_to_give_files_away_is_told_at_start(state: P
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_two_mounts_are_found_out_at_start(state: Path) -> None:
+    host.need_namespace("--mount")
     libc = ctypes.CDLL(None, use_errno=True)
 
     def work() -> None:
@@ -194,6 +196,7 @@ def test_two_mounts_are_found_out_at_start(state: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_full_disk_says_so_and_loses_no_home(state: Path) -> None:
+    host.need_namespace("--mount")
     libc = ctypes.CDLL(None, use_errno=True)
 
     def work() -> None:

@@ -9,6 +9,7 @@ import signal
 from typing import Any
 
 from sandbox_agent.wire.messages import Status
+from tests import host
 from tests.integration.sandbox_agent.harness import Broker, Client, Sandbox, open_files
 
 
@@ -92,6 +93,7 @@ async def test_no_socket_and_no_journal_leaks_into_the_agent_or_its_commands(san
     session = await ide.open()
     await ide.prompt(session, "hello")
     assert sandbox.process is not None
+    host.need_sight_of(sandbox.process.pid)
     journals = [name for name in open_files(sandbox.process.pid).values() if str(broker.journal_dir) in name]
     assert journals
     os.kill(first.agent_pid, signal.SIGKILL)

@@ -14,6 +14,7 @@ import pytest
 
 from sandbox_agent.wire import codec
 from sandbox_agent.wire.messages import AgentSpec, Status, Stop
+from tests import host
 from tests.integration.sandbox_agent.harness import (
     DEMO,
     SECRET,
@@ -86,6 +87,7 @@ async def test_the_agent_has_its_three_pipes_open_and_nothing_else(sandbox: Sand
     second = await control.status("ready")
     assert second.agent_pid != first.agent_pid
     assert sandbox.process is not None
+    host.need_sight_of(sandbox.process.pid)
     ours = open_files(sandbox.process.pid)
     assert sum(name.startswith("socket:") for name in ours.values()) >= 5
     theirs = open_files(second.agent_pid)
@@ -269,6 +271,7 @@ async def test_the_wrong_kind_of_client_is_told(sandbox: Sandbox, broker: Broker
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")
 async def test_as_process_1_it_takes_in_orphans_and_still_sees_its_agent_die(sandbox: Sandbox, broker: Broker) -> None:
+    host.need_namespace("--pid")
     assert broker.welcome is not None
     leaves_orphans = shell("(sleep 0.1 & sleep 0.2 &) ; exec {python} -I -S {sandbox_agent}/demo.py")
     broker.welcome = replace(broker.welcome, agent_spec=leaves_orphans)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from broker.sandbox.driver import SandboxSpec
 from broker.sandbox.fake import FakeSandbox
 from broker.sandbox.slots import home_key
 from broker.session.session import Session
+from tests import host
 from tests.integration.session.rig import Client, Rig, engine_down, rig, until
 
 SHORT: dict[str, Any] = {"sandbox": {"hello_timeout_s": 0.3}, "session": {"bringup_timeout_s": 2}}
@@ -335,18 +334,11 @@ async def test_one_failing_session_is_nobody_elses_business() -> None:
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
     base = Path(tempfile.mkdtemp(prefix="ctx-small-", dir="/tmp"))
-    options = "size=2m,nr_inodes=200,mode=700"
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(base)], capture_output=True, check=False)
-    if made.returncode != 0:
-        base.rmdir()
-        pytest.skip("no tmpfs can be mounted here")
     try:
-        yield base
+        with host.small_disk(base, "2m", "nr_inodes=200", "mode=700"):
+            yield base
     finally:
-        subprocess.run(["umount", "-l", str(base)], check=True)
         base.rmdir()
 
 

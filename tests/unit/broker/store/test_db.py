@@ -15,6 +15,7 @@ import pytest
 from broker.errors import Code, CortexError
 from broker.metrics import REGISTRY
 from broker.store.db import FILE_NAME, Database, Transaction, migrations, statements_of
+from tests import host
 
 PUT = "INSERT INTO packages (spec, key, bins, version, created_at) VALUES (?, ?, '{}', '', 0)"
 
@@ -209,13 +210,8 @@ async def test_a_killed_broker_loses_nothing_acknowledged(tmp_path: Path) -> Non
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
-    if done.returncode:
-        pytest.skip("cannot mount a small file system here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with host.small_disk(tmp_path / "disk", "1m") as place:
+        yield place
 
 
 async def fill(db: Database) -> None:
@@ -231,7 +227,7 @@ async def test_a_full_disk_refuses_writes_and_heals(small_disk: Path) -> None:
             await fill(db)
         assert caught.value.code is Code.DISK_FULL
         assert await db.read("SELECT key FROM packages WHERE spec = 'first'") == [("k",)]
-        subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+        host.grow(small_disk, "8m")
         await db.write((PUT, ("after", "x" * 50_000)))
         assert await db.read("SELECT count(*) FROM packages WHERE spec = 'after'") == [(1,)]
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sandbox_agent import journal as journal_module
+from tests import host
 from tests.unit.sandbox_agent.acp.kit import SPEC, Agent, Bench, Files, Peer, cortex, of_kind, prompt
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -250,11 +250,8 @@ async def test_an_answer_is_held_back_until_it_is_on_disk_and_nothing_overtakes_
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real tmpfs of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)], check=True)
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+    with host.small_disk(tmp_path / "disk", "256k") as path:
+        yield path
 
 
 @ROOT
@@ -278,7 +275,7 @@ async def test_a_full_disk_refuses_prompts_holds_the_agent_and_loses_nothing(ben
     assert (await peer.request("session/new", LOAD))["error"]["data"]["code"] == "store.disk_full"
     status = await watching.until(lambda m: m.get("method") == "_cortex/status")
     assert status["params"]["code"] == "store.disk_full"
-    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    host.grow(small_disk, "1m")
     assert (await peer.answer_to(request))["result"]["stopReason"] == "end_turn"
     assert bench.agent.held == [True, False]
     assert [text[:4] for text in texts(peer)] == [*(f"{n:04}" for n in range(said)), "whil"]
@@ -304,7 +301,7 @@ async def test_a_disk_that_stays_full_ends_the_turn_with_an_error(bench: Bench, 
     for request in (running, waiting):
         assert (await peer.answer_to(request))["error"]["data"]["code"] == "store.disk_full"
     await bench.agent.asked("session/cancel")
-    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    host.grow(small_disk, "1m")
     bench.agent.answer("session/prompt", {"stopReason": "cancelled"})
     await bench.prompt(peer, session, "next", "m2")
     await bench.agent.asked("session/prompt", 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from sandbox_agent import records
 from sandbox_agent.journal import SEQ_GAP, Journal, JournalFailed, JournalFull, JournalGone
 from sandbox_agent.records import Record
 from sandbox_agent.tasks import TaskOwner
+from tests import host
 from tests.unit.sandbox_agent.acp.kit import Files, open_files
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -262,11 +262,8 @@ async def test_records_larger_than_a_read_are_read(log: Log) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real tmpfs of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)], check=True)
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
+    with host.small_disk(tmp_path / "disk", "256k") as path:
+        yield path
 
 
 @ROOT
@@ -279,7 +276,7 @@ async def test_on_a_full_disk_nothing_is_half_written_and_it_goes_on_when_there_
     assert len(log.bodies()) == count
     with pytest.raises(JournalFull):
         log.journal.flush()
-    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    host.grow(small_disk, "1m")
     log.journal.flush()
     assert len(log.bodies()) == count + 1
     await log.close()
