@@ -181,7 +181,8 @@ class AgentProcess:
         self.pid, self.port = child.pid, child.port
         self._policy.max_restarts = spec.max_restarts
         self._set("starting")
-        stdio = AgentStdio(child, max_line=self._max_line, on_lines=self._lines, on_hung=self._stuck)
+        talks = not self.websocket
+        stdio = AgentStdio(child, max_line=self._max_line, on_lines=self._lines, on_hung=self._stuck, must_talk=talks)
         watch = ExitWatch(child, lambda status: self._ended(stdio, status))
         try:
             reason = await self._until_end(child, spec, stdio)
@@ -208,7 +209,7 @@ class AgentProcess:
                 return ""
             if self._hung:
                 await self._end(0)
-                return "it stopped reading its input"
+                return "it stopped reading its input, or closed its input or output"
             left = None if self.state == "ready" else deadline - asyncio.get_running_loop().time()
             if left is not None and left <= 0:
                 await self._end(RESTART_GRACE_S)

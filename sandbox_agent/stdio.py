@@ -12,6 +12,8 @@ from sandbox_agent.spawn import Child
 READ_BYTES = 65_536
 STDERR_TAIL = 4096
 CONGESTED_BYTES = 2**20
+CLOSED_GRACE_S = 5.0
+"""How long an agent may live on with its input or output closed: nothing said to it would ever be answered."""
 MAX_UNREAD_BYTES = 64 * 2**20
 """What may wait for an agent that does not read; over that it counts as hung."""
 
@@ -60,7 +62,8 @@ class LineBuffer:
 
 
 class AgentStdio:
-    """Satisfies ``port.AgentChannel``. ``on_lines`` gets stdout; ``on_hung`` is called once when stdin is stuck."""
+    """Satisfies ``port.AgentChannel``. ``on_lines`` gets stdout; ``on_hung`` is called once when stdin is stuck, or,
+    if it ``must_talk``, when it lives on after it has closed stdin or stdout."""
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class AgentStdio:
         max_line: int,
         on_lines: Callable[[list[bytes]], None],
         on_hung: Callable[[], None],
+        must_talk: bool = True,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._child = child
@@ -80,6 +84,8 @@ class AgentStdio:
         self._unread = 0
         self._open = {child.stdin, child.stdout, child.stderr}
         self._held = False
+        self._must_talk = must_talk
+        self._mute: asyncio.TimerHandle | None = None
         self._loop.add_reader(child.stdout, self._read_stdout)
         self._loop.add_reader(child.stderr, self._read_stderr)
 
@@ -130,6 +136,7 @@ class AgentStdio:
             return 0
         except OSError:
             self._close(self._child.stdin)
+            self._half_closed()
             return len(data)
 
     def _flush(self) -> None:
@@ -166,7 +173,13 @@ class AgentStdio:
             data = b""
         if not data:
             self._close(number)
+            if number == self._child.stdout:
+                self._half_closed()
         return data
+
+    def _half_closed(self) -> None:
+        if self._must_talk and self._mute is None:
+            self._mute = self._loop.call_later(CLOSED_GRACE_S, self._on_hung)
 
     def finish(self) -> None:
         """After the exit: takes what the pipes still hold (no more than they can) and closes them."""
@@ -177,6 +190,8 @@ class AgentStdio:
             self._read_stderr()
         for number in list(self._open):
             self._close(number)
+        if self._mute is not None:
+            self._mute.cancel()
 
     def _close(self, number: int) -> None:
         if number not in self._open:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,3 +107,31 @@ async def test_output_that_is_held_back_waits_in_the_pipe_and_loses_nothing() ->
     channel.finish()
     channel.hold(True)
     os.waitpid(child.pid, 0)
+
+
+@pytest.mark.parametrize("closed", ["exec <&-", "exec >&-"])
+async def test_an_agent_that_closes_one_end_and_stays_is_reported(closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stdio, "CLOSED_GRACE_S", 0.05)
+    hung: list[bool] = []
+    child = spawn(["sh", "-c", f"{closed}; sleep 30"], ENV, "/")
+    channel = _stdio(child, [], hung)
+    async with asyncio.timeout(5):
+        while not hung:
+            channel.write(b"anybody there?\n")
+            await asyncio.sleep(0.01)
+    assert hung == [True]
+    channel.finish()
+    os.killpg(child.pid, 9)
+    os.waitpid(child.pid, 0)
+
+
+async def test_an_agent_that_ends_is_not_reported_as_half_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stdio, "CLOSED_GRACE_S", 0.05)
+    hung: list[bool] = []
+    child = spawn(["true"], ENV, "/")
+    channel = _stdio(child, [], hung)
+    os.waitpid(child.pid, 0)
+    channel.write(b"x\n")
+    channel.finish()
+    await asyncio.sleep(0.1)
+    assert hung == []
