@@ -92,7 +92,7 @@ class AcpHub:
             on_synced=lambda: self._outbox.pump_all(),
             on_failed=self._journal_failed,
         )
-        self._outbox = Outbox(self._journal, on_full=self._disk_full)
+        self._outbox = Outbox(self._journal, on_full=self._disk_full, limit=welcome.max_message_bytes)
         self._agent = AgentSide(on_ready=self._agent_changed)
         self._settings = AgentSettings(welcome.home)
         self._restorer = Restorer(
@@ -181,8 +181,7 @@ class AcpHub:
         for line in lines:
             self._agent_line(line)
         self._outbox.flush()
-        if self._congested is None and self._agent.congested:
-            self._congested = self._loop.call_later(CONGESTED_S, self._uncongest)
+        self._mind_congestion()
 
     def agent_down(self, what: str, *, final: bool) -> None:
         """The process ended."""
@@ -316,7 +315,10 @@ class AcpHub:
         self._outbox.flush()
         client.push()
         client.regulate_reading()
-        if self._congested is None and self._agent.congested:
+        self._mind_congestion()
+
+    def _mind_congestion(self) -> None:
+        if self._congested is None and self._agent.congested and not self._closed:
             self._congested = self._loop.call_later(CONGESTED_S, self._uncongest)
 
     @property
@@ -330,6 +332,7 @@ class AcpHub:
     def client_gone(self, client: Client) -> None:
         """Its stream has ended; its turns go on."""
         self._outbox.leave(client)
+        self._asks.left(client)
         for number in client.subscriptions:
             conversation = self._conversations.by_number.get(number)
             if conversation is not None:
@@ -377,11 +380,10 @@ class AcpHub:
 
     def _uncongest(self) -> None:
         self._congested = None
-        if self._agent.congested:
-            self._congested = self._loop.call_later(CONGESTED_S, self._uncongest)
-            return
-        self._turns.kick()
-        self._drain_all()
+        if not self._agent.congested:
+            self._turns.kick()
+            self._drain_all()
+        self._mind_congestion()
 
     @property
     def _tick_s(self) -> float:

@@ -15,8 +15,6 @@ from sandbox_agent.wire import codec
 from sandbox_agent.wire.messages import AgentSpec
 
 PROTOCOL_VERSION = 1
-MAX_CALLS = 1024
-"""Requests that may be open at the agent."""
 FAILED_HINT = "the agent is started again by itself; send the message again, or look at the session's state"
 
 OnReply = Callable[[Message], None]
@@ -67,6 +65,11 @@ class AgentSide:
         return self._channel is not None and self._channel.congested
 
     @property
+    def open_calls(self) -> int:
+        """Requests that it has not answered."""
+        return len(self._calls)
+
+    @property
     def channel(self) -> AgentChannel | None:
         """The running process's input."""
         return self._channel
@@ -115,19 +118,15 @@ class AgentSide:
     # -- messages --------------------------------------------------------------------------------
 
     def call(self, method: str, params: Any, on_reply: OnReply, *, deadline: bool = True, within_s: float = 0.0) -> int:
-        """Sends a request; ``on_reply`` is called once, never from within. Returns its id at the agent, 0: refused.
+        """Sends a request; ``on_reply`` is called once, never from within.
+
+        Returns its id at the agent, 0 when that does not run.
 
         With a deadline it is answered with an error after ``within_s``, 0 being the agent's own.
         """
         loop = asyncio.get_running_loop()
         if self._channel is None:
             loop.call_soon(on_reply, failed("the agent does not run"))
-            return 0
-        if len(self._calls) >= MAX_CALLS:
-            error = jsonrpc.error(
-                jsonrpc.SERVER_ERROR, "too many open requests", slug="session.overloaded", hint="wait for answers first"
-            )
-            loop.call_soon(on_reply, {"error": error})
             return 0
         self._next += 1
         within_s = within_s or self.timeout_s

@@ -26,6 +26,7 @@ class Ask:
     method: str
     conversation: Conversation | None
     data: bytes
+    delivered: set[Client] = field(default_factory=set)
     declined: set[Client] = field(default_factory=set)
 
 
@@ -51,10 +52,18 @@ class Asks:
             error = jsonrpc.error(jsonrpc.INVALID_PARAMS, "no such session")
             self._agent.respond(message["id"], {"error": error})
             return
+        turn = conversation.turn if conversation is not None else None
+        if turn is not None and turn.cancelled and message["method"] == PERMISSION:
+            self._agent.respond(message["id"], CANCELLED)  # it crossed the cancel
+            return
         if conversation is not None and isinstance(params, dict):
             message = {**message, "params": {**params, "sessionId": conversation.id}}
         seq, data = self._outbox.request(message, conversation)
-        self._open[seq] = Ask(seq, message["id"], message["method"], conversation, data)
+        if not data:
+            self._agent.respond(message["id"], {"error": jsonrpc.error(jsonrpc.SERVER_ERROR, "too large a request")})
+            return
+        ask = self._open[seq] = Ask(seq, message["id"], message["method"], conversation, data)
+        ask.delivered |= self._audience(ask)
 
     def _refusal(self, method: str) -> dict[str, Any] | None:
         if method.startswith(("fs/", "terminal/", "_cortex/")):
@@ -96,10 +105,18 @@ class Asks:
         self._outbox.update(notice, ask.conversation, kind=records.NOTICE, without=answered_by)
 
     def deliver(self, client: Client, conversation: Conversation | None) -> None:
-        """What is open there, to a client that has come (back)."""
+        """What is open there and was not yet asked on this connection, to a client that has come (back)."""
         for ask in self._open.values():
-            if ask.conversation is conversation:
+            if ask.conversation is conversation and client not in ask.delivered and not client.gone:
+                ask.delivered.add(client)
                 self._outbox.repeat(client, ask.data)
+
+    def left(self, client: Client, conversation: Conversation | None = None) -> None:
+        """The client has closed the conversation, or, with none named, its connection."""
+        for ask in self._open.values():
+            if conversation is None or ask.conversation is conversation:
+                ask.delivered.discard(client)
+                ask.declined.discard(client)
 
     def cancel(self, conversation: Conversation) -> None:
         """The turn is cancelled: permissions that are asked for in it are answered so, as ACP wants."""
@@ -108,11 +125,20 @@ class Asks:
                 self._agent.respond(ask.agent_id, CANCELLED)
                 self._close(ask, answered_by=None)
 
+    def deleted(self, conversation: Conversation) -> None:
+        """Nobody can be asked any more."""
+        self.cancel(conversation)
+        for ask in [ask for ask in self._open.values() if ask.conversation is conversation]:
+            self._withdraw(ask)
+
     def withdrawn(self, request_id: Any) -> None:
         """The agent's own ``$/cancel_request``."""
         for ask in [ask for ask in self._open.values() if ask.agent_id == request_id]:
-            self._agent.respond(ask.agent_id, {"error": jsonrpc.error(jsonrpc.CANCELLED, "cancelled")})
-            self._close(ask, answered_by=None)
+            self._withdraw(ask)
+
+    def _withdraw(self, ask: Ask) -> None:
+        self._agent.respond(ask.agent_id, {"error": jsonrpc.error(jsonrpc.CANCELLED, "cancelled")})
+        self._close(ask, answered_by=None)
 
     def agent_down(self) -> None:
         """Nobody waits for the answers any more."""

@@ -45,6 +45,8 @@ class Turn:
     waiters: list[tuple[int, Any]]
     call: int = 0
     """Id of the request at the agent, 0 until it is given to it."""
+    cancelled: bool = False
+    """The agent was told to end it."""
 
 
 @dataclass(eq=False)

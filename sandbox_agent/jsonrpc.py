@@ -22,6 +22,8 @@ CANCELLED = -32800
 
 MAX_ID = 1024
 """Longest request id, in characters."""
+MAX_DEPTH = 200
+"""Deepest nesting. Far from where Python gives up, so that whatever was read can be written."""
 STAMP_BYTES = 128
 """More than a stamp can add to a message."""
 
@@ -50,12 +52,35 @@ def parse(text: bytes | str) -> Any:
     if isinstance(text, bytes):
         text = text.decode()
     try:
-        value, end = _SCAN(text, 0)
-        return value if end == len(text) else _DECODER.decode(text)
-    except StopIteration:
-        return _DECODER.decode(text)  # white space before it, or the proper error
+        value = _decoded(text)
     except RecursionError:
         raise ValueError("too deeply nested") from None
+    if text.count("{") + text.count("[") > MAX_DEPTH and _too_deep(value):
+        raise ValueError("too deeply nested")
+    return value
+
+
+def _decoded(text: str) -> Any:
+    try:
+        value, end = _SCAN(text, 0)
+    except StopIteration:
+        return _DECODER.decode(text)  # white space before it, or the proper error
+    return value if end == len(text) else _DECODER.decode(text)
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def dumps(value: Any) -> bytes:
@@ -101,6 +126,11 @@ def error(code: int, message: str, *, slug: str = "", hint: str = "") -> dict[st
     if slug:
         body["data"] = {"code": slug, "hint": hint}
     return body
+
+
+def invalid(what: str, code: int = INVALID_PARAMS) -> dict[str, Any]:
+    """The error for a request that its sender has to mend."""
+    return error(code, what, slug="request.invalid", hint="look at the method's definition in ACP version 1")
 
 
 def safe_error(value: Any) -> dict[str, Any]:

@@ -28,6 +28,14 @@ SLICE = 2
 FELL_BEHIND = "client.slow_consumer: the history it has not read is gone; connect and load again"
 
 
+TOO_LARGE = jsonrpc.error(
+    jsonrpc.SERVER_ERROR,
+    "the agent's answer is larger than a message may be",
+    slug="request.too_large",
+    hint="ask for less at once",
+)
+
+
 class Item(NamedTuple):
     """A record on its way. ``to``: a conversation, one client, or None for everybody."""
 
@@ -42,7 +50,8 @@ class Item(NamedTuple):
 class Outbox:
     """``on_full`` hears when the disk is full (True) and when it is not any more (False)."""
 
-    def __init__(self, journal: Journal, *, on_full: Callable[[bool], None]) -> None:
+    def __init__(self, journal: Journal, *, on_full: Callable[[bool], None], limit: int) -> None:
+        self.limit = limit
         self.clients: set[Client] = set()
         self.dropped = 0
         self._journal = journal
@@ -75,12 +84,17 @@ class Outbox:
             return
         seq, epoch = self._journal.take_seq(), self._journal.epoch
         body = jsonrpc.spliced(raw, message, epoch, seq) if raw else jsonrpc.stamped(message, epoch, seq)
+        if len(body) > self.limit:
+            self.dropped += 1
+            return
         self._add(kind, seq, body, to, without)
 
     def request(self, message: Message, to: Conversation | None) -> tuple[int, bytes]:
-        """An agent's request; returns the id that clients know it by, its seq, and its frame."""
+        """An agent's request; returns the id that clients know it by, its seq, and its frame (empty: too large)."""
         seq = self._journal.take_seq()
         body = jsonrpc.stamped({**message, "id": seq}, self._journal.epoch, seq)
+        if len(body) > self.limit:
+            return seq, b""
         return seq, self._add(records.REQUEST, seq, body, to, None)
 
     def result(self, number: int, request_id: Any, outcome: Message, to: Conversation | None) -> None:
@@ -88,6 +102,8 @@ class Outbox:
         client = next((c for c in self.clients if c.number == number), None)
         seq = self._journal.take_seq()
         body = jsonrpc.response(request_id, outcome, self._journal.epoch, seq)
+        if len(body) > self.limit:
+            body = jsonrpc.response(request_id, {"error": TOO_LARGE}, self._journal.epoch, seq)
         position = self._journal.append(
             records.RESULT, body, seq=seq, conversation=to.number if to else 0, target=number
         )
@@ -132,14 +148,16 @@ class Outbox:
             client.send(frame(build(self._emitted)))
             client.push()
             return
-        self.repeat(client, frame(build(self._journal.take_seq())))
+        data = frame(build(self._journal.take_seq()))
+        self.flush()  # the journal may have marked the seq
+        self.repeat(client, data)
 
     def insert(self, client: Client, insert: Insert) -> None:
         """Sends it when the client has come to where it belongs."""
         if client.closing:
             return
         client.inserts.append(insert)
-        self._fall_behind(client, self._journal.tail)
+        self._fall_behind(client, self._journal.written)  # what is held is yet to come to it
 
     def replay(self, client: Client, conversation: Conversation) -> None:
         """Sends the conversation's history, and subscribes the client to what follows."""
@@ -149,7 +167,7 @@ class Outbox:
 
     def subscribe(self, client: Client, conversation: Conversation) -> None:
         """The client gets what is said in the conversation from now on."""
-        if conversation.number not in client.subscriptions:
+        if conversation.number not in client.subscriptions and not client.gone:
             client.subscriptions[conversation.number] = self._journal.seq
             conversation.subscribers.add(client)
 
@@ -166,16 +184,19 @@ class Outbox:
     def flush(self) -> bool:
         """Journals and emits what was added. False: the disk is full, it is all kept and tried again by itself."""
         try:
-            self._journal.flush()
+            wrote = self._journal.flush()
         except JournalFull:
             if self._retry is None:
                 self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._try_again)
                 self._on_full(True)
             return False
         except JournalFailed:
+            self._items, self._held_bytes = [], 0
             return False
         if self._items:
             self._emit()
+        elif wrote and self._behind:
+            self.pump_all()
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None

@@ -20,6 +20,8 @@ from sandbox_agent.turns import DISK_FULL, Turns
 
 MAX_CLIENT_CALLS = 256
 """Requests of one client that may be open at the agent."""
+MAX_CALLS = 1024
+"""Requests open at the agent over which clients' are refused; prompts have their own bound."""
 MAX_NEW = 8
 """Conversations of one client that may be in the making."""
 PAGE = 100
@@ -28,6 +30,7 @@ REFUSED = ("authenticate", "logout", "providers/", "auth/")
 NO_NOTIFICATIONS = ("$/", "_cortex/", "session/", "initialize", *REFUSED)
 HURRIED = ("session/", "initialize")
 """Methods that an agent has to answer within its deadline; others may be long by design."""
+LONG_S = 3600.0
 
 Handler = Callable[[Client, Any, Message], None]
 
@@ -93,7 +96,8 @@ class Requests:
             self._other(client, request_id, method, params)
 
     def _refuse(self, client: Client, request_id: Any, code: int, what: str, slug: str = "", hint: str = "") -> None:
-        self._outbox.answer(client, request_id, {"error": jsonrpc.error(code, what, slug=slug, hint=hint)})
+        error = jsonrpc.error(code, what, slug=slug, hint=hint) if slug else jsonrpc.invalid(what, code)
+        self._outbox.answer(client, request_id, {"error": error})
 
     def _not_found(self, client: Client, request_id: Any) -> None:
         self._refuse(client, request_id, jsonrpc.NOT_FOUND, "no such session", "session.not_found", "see session/list")
@@ -239,6 +243,10 @@ class Requests:
             return
         found.subscribers.discard(client)
         client.subscriptions.pop(found.number, None)
+        self._asks.left(client, found)
+        if not found.subscribers:
+            self._asks.cancel(found)
+            self._turns.cancel_all(found)
         if found.subscribers or not found.live or not self._agent.can("close"):
             self._outbox.answer(client, request_id, {"result": {}})
             return
@@ -251,7 +259,7 @@ class Requests:
         if found is None:
             self._not_found(client, request_id)
             return
-        self._asks.cancel(found)
+        self._asks.deleted(found)
         self._turns.cancel_all(found)
         start = self._outbox.position
         self._outbox.note(records.CONVERSATION, {"deleted": True}, found)
@@ -273,6 +281,7 @@ class Requests:
             self._outbox.answer(client, request_id, failed(self._agent.broken))
         else:
             self._outbox.subscribe(client, found)
+            self._asks.deliver(client, found)
             self._turns.prompt(client, request_id, found, params)
 
     # -- the rest --------------------------------------------------------------------------------
@@ -333,7 +342,7 @@ class Requests:
         if self._agent.broken:
             self._outbox.answer(client, request_id, failed(self._agent.broken))
             return False
-        if len(client.calls) >= MAX_CLIENT_CALLS:
+        if len(client.calls) >= MAX_CLIENT_CALLS or self._agent.open_calls >= MAX_CALLS:
             what = "too many open requests"
             self._refuse(client, request_id, jsonrpc.SERVER_ERROR, what, "session.overloaded", "wait for answers first")
             return False
@@ -347,7 +356,8 @@ class Requests:
             else:
                 self._give(client, request_id, reply, found)
 
-        call = self._agent.call(method, params, done, deadline=method.startswith(HURRIED))
+        within_s = 0.0 if method.startswith(HURRIED) else LONG_S
+        call = self._agent.call(method, params, done, within_s=within_s)
         client.calls[token] = (method, request_id, call)
         return True
 

@@ -58,16 +58,15 @@ class Turns:
         message_id = jsonrpc.cortex_meta(params).get("messageId", "")
         if not isinstance(message_id, str) or len(message_id) > jsonrpc.MAX_ID:
             what = "_meta.cortex.messageId is no string of at most 1024 characters"
-            error = jsonrpc.error(jsonrpc.INVALID_PARAMS, what)
-            self._outbox.answer(client, request_id, {"error": error})
+            self._outbox.answer(client, request_id, {"error": jsonrpc.invalid(what)})
             return
         known = self._conversations.prompt_known(conversation, message_id)
         if isinstance(known, Turn):
             self._join(known, client, request_id)
         elif known is not None:
             self._outbox.answer(client, request_id, known)
-        elif not isinstance(params.get("prompt"), list):
-            error = jsonrpc.error(jsonrpc.INVALID_PARAMS, "prompt is not an array of content blocks")
+        elif not _is_content(params.get("prompt")):
+            error = jsonrpc.invalid("prompt is not an array of content blocks")
             self._outbox.answer(client, request_id, {"error": error})
         elif conversation.turn is not None and len(conversation.queue) >= self._queue_length:
             error = jsonrpc.error(
@@ -104,7 +103,7 @@ class Turns:
         if not conversation.title:
             conversation.title = title_of(params["prompt"])
             self._outbox.note(records.CONVERSATION, {**conversation.saved(), "at": at}, conversation)
-        for block in params["prompt"]:
+        for block in filter(is_block, params["prompt"]):
             self._outbox.update(_said_by_user(conversation.id, block), conversation, without=client)
         if not self._outbox.commit(start):
             conversation.title = title
@@ -212,6 +211,7 @@ class Turns:
         if turn is None:
             return
         if turn.call:
+            turn.cancelled = True
             self._agent.notify("session/cancel", {"sessionId": conversation.agent_id})
         else:
             self._finish(turn, {"result": {"stopReason": "cancelled"}})
@@ -260,6 +260,31 @@ class Turns:
                 self._outbox.answer(client, request_id, {"error": DISK_FULL})
             turn.waiters.clear()
             self._agent.notify("session/cancel", {"sessionId": conversation.agent_id})
+
+
+def _is_content(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(isinstance(block, dict) for block in prompt)
+
+
+_BLOCKS: dict[str, dict[str, type]] = {
+    "text": {"text": str},
+    "image": {"data": str, "mimeType": str},
+    "audio": {"data": str, "mimeType": str},
+    "resource_link": {"name": str, "uri": str},
+    "resource": {"resource": dict},
+}
+
+
+def is_block(block: Message) -> bool:
+    """A content block as ACP has them: others are the agent's to judge, and no other client is shown them."""
+    kind = block.get("type")
+    fields = _BLOCKS.get(kind) if isinstance(kind, str) else None
+    if fields is None or not all(isinstance(block.get(name), what) for name, what in fields.items()):
+        return False
+    held = block.get("resource", {})
+    return kind != "resource" or (
+        isinstance(held.get("uri"), str) and (isinstance(held.get("text"), str) or isinstance(held.get("blob"), str))
+    )
 
 
 def _said_by_user(session_id: str, block: Any) -> Message:

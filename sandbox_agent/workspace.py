@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeGuard
 
 
 class Workspace:
@@ -24,15 +24,26 @@ class Workspace:
 
     def cwd(self, wanted: Any) -> str:
         """The directory for what a client asked for: itself where it lies in the workspace, else the workspace."""
-        if isinstance(wanted, str) and wanted.startswith("/") and "\0" not in wanted and self.holds(wanted):
+        if _is_path(wanted) and self.holds(wanted):
             return os.path.normpath(wanted)
         return self.path
 
     def directories(self, wanted: Any) -> list[str]:
         """Of a client's additional directories those in the workspace."""
         paths = wanted if isinstance(wanted, list) else []
-        return [os.path.normpath(p) for p in paths if isinstance(p, str) and p.startswith("/") and self.holds(p)]
+        return [os.path.normpath(p) for p in paths if _is_path(p) and self.holds(p)]
 
     def make(self, path: str) -> None:
         """Makes the directory where there is none. Raises ``OSError``."""
         os.makedirs(path, exist_ok=True)
+
+
+def _is_path(wanted: Any) -> TypeGuard[str]:
+    """Is absolute, and can be the name of a file."""
+    if not isinstance(wanted, str) or not wanted.startswith("/") or "\0" in wanted:
+        return False
+    try:
+        os.fsencode(wanted)
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True

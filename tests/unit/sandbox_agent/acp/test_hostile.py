@@ -369,3 +369,83 @@ async def mapped(bench: Bench, calls: list[tuple[int, object]], order: random.Ra
             while len(peer.everything) < len(mine):
                 await peer.read()
         assert {m["result"]["index"]: m["id"] for m in peer.everything} == mine
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize("depth", [300, 950, 970, 980, 985, 990, 995])
+async def test_nesting_of_any_depth_breaks_nothing(bench: Bench, depth: int) -> None:
+    """Reading and writing reach their limits at different depths; in between lay a crash."""
+    bench.start()
+    peer = bench.connect()
+    session = await bench.session(peer)
+    for text in ('{"jsonrpc":"2.0","id":"deep","method":"_v/x","params":{"a":%s}}', '{"id":%s}'):
+        await peer.send_text(text % nested(depth))
+    request = await bench.prompt(peer, session)
+    call = await bench.agent.asked("session/prompt")
+    bench.hub.agent_lines(
+        [
+            b'{"jsonrpc":"2.0","id":%d,"result":{"a":%s}}' % (call["id"], nested(depth).encode()),
+            b'{"jsonrpc":"2.0","method":"session/update","params":{"sessionId":"%s","a":%s}}'
+            % (session.encode(), nested(depth).encode()),
+            b'{"jsonrpc":"2.0","id":%d,"result":{"stopReason":"end_turn"}}' % call["id"],
+        ]
+    )
+    assert (await peer.answer_to(request))["result"]["stopReason"] == "end_turn"
+    assert bench.hub.garbage == 2
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\udfff", "x" * 300, "\0"])
+async def test_a_directory_that_cannot_be_named_is_no_crash(bench: Bench, name: str) -> None:
+    bench.start()
+    peer = bench.connect()
+    cwd = f"{bench.home}/workspace/{name}"
+    await peer.request("session/new", {"cwd": cwd, "mcpServers": [], "additionalDirectories": [cwd]})
+    assert await bench.session(peer)
+
+
+async def test_every_refusal_says_a_code_and_what_to_do(bench: Bench) -> None:
+    bench.start()
+    peer = bench.connect()
+    session = await bench.session(peer)
+    for method, params in (
+        ("initialize", {"protocolVersion": "one"}),
+        ("initialize", []),
+        ("session/list", {"cursor": "x"}),
+        ("session/prompt", {"sessionId": session, "prompt": "text"}),
+        ("session/prompt", {"sessionId": session, "prompt": [1]}),
+        ("session/prompt", {"sessionId": session, "prompt": [], "_meta": {"cortex": {"messageId": 5}}}),
+        ("session/prompt", {"sessionId": "nope", "prompt": []}),
+        ("_cortex/unheard_of", {}),
+        ("authenticate", {"methodId": "login"}),
+        ("session/set_mode", {"sessionId": "nope"}),
+    ):
+        error = (await peer.request(method, params))["error"]  # type: ignore[arg-type]
+        assert error["data"]["code"], (method, params)
+        assert error["data"]["hint"], (method, params)
+    assert not bench.agent.all("session/prompt")
+
+
+async def test_no_message_to_a_client_is_larger_than_the_relay_lets_through(bench: Bench) -> None:
+    """What is written anew may be longer than what came in: another id, a number in full, an escape."""
+    limit = 20_000
+    bench.start(max_message_bytes=limit)
+    peer, other = bench.connect(), bench.connect()
+    session = await bench.session(peer)
+    await other.request("session/resume", {"sessionId": session, "cwd": "/"})
+    long_id = "i" * 1000
+    await peer.ask("session/prompt", prompt(session, "\ud800" + "é" * 1000), long_id)
+    call = await bench.agent.asked("session/prompt")
+    numbers = "1e15," * 3000
+    for method, number in (("session/request_permission", '"id":"p1",'), ("session/update", "")):
+        text = '{"jsonrpc":"2.0",%s"method":"%s","params":{"sessionId":"%s","update":{},"_meta":{},"a":[%s1]}}'
+        bench.hub.agent_lines([(text % (number, method, session, numbers)).encode()])
+    assert next(m for m in bench.agent.got if m.get("id") == "p1")["error"]
+    bench.agent.say({"id": call["id"], "result": {"stopReason": "end_turn", "a": "x" * (limit - 300)}})
+    assert (await peer.answer_to(long_id))["error"]["data"]["code"] == "request.too_large"
+    await other.request("session/list")
+    sizes = [len(json.dumps(m, separators=(",", ":"))) for m in peer.everything + other.everything]
+    assert max(sizes) <= limit
+    assert bench.hub._outbox.dropped == 1
