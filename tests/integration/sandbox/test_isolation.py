@@ -90,6 +90,8 @@ async def test_has_no_privilege_and_cannot_gain_one(world: Rig) -> None:
     sets = {name: int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
     assert not any(sets.values()), sets
     assert status["NoNewPrivs"].strip() == "1"
+    if world.kind == "docker":
+        assert status["Seccomp"].strip() == "2"
     ids = await peer.run("import os; result = [*os.getresuid(), *os.getresgid(), *os.getgroups()]")
     assert set(ids) == {slot.spec.uid, slot.spec.group} or set(ids) == {slot.spec.uid}
     assert await peer.fails("open('/etc/shadow').read()")
