@@ -122,6 +122,7 @@ class Restorer:
         self._outbox.flush()
 
     def _place(self, conversation: Conversation) -> Message:
+        conversation.cwd = self._settings.workspace.restored(conversation.cwd)
         try:
             self._settings.workspace.make(conversation.cwd)
         except OSError as error:

@@ -28,6 +28,14 @@ class Workspace:
             return os.path.normpath(wanted)
         return self.path
 
+    def restored(self, cwd: str) -> str:
+        """The directory of a conversation of before: its own, or the workspace where that was in another home.
+
+        Only sandboxes without isolation have their homes at different paths.
+        """
+        clean = os.path.normpath(cwd)
+        return clean if clean.startswith(self._home.rstrip("/") + "/") else self.path
+
     def directories(self, wanted: Any) -> list[str]:
         """Of a client's additional directories those in the workspace."""
         paths = wanted if isinstance(wanted, list) else []
