@@ -157,7 +157,7 @@ async def test_a_turn_survives_the_broker(sandbox: Sandbox, broker: Broker) -> N
     before = await control.status("ready")
     ide = Ide(await Client.attach(broker))
     session = await ide.open()
-    await ide.start("session/prompt", sessionId=session, prompt=[{"type": "text", "text": "/slow 30 20"}])
+    await ide.start("session/prompt", sessionId=session, prompt=[{"type": "text", "text": "/slow 100 30"}])
     await control.expect(Status, open_turns=1)
     await broker.stop()
     ide.client.sock.close()
@@ -170,4 +170,4 @@ async def test_a_turn_survives_the_broker(sandbox: Sandbox, broker: Broker) -> N
     await again.call("initialize", protocolVersion=1, clientCapabilities={})
     answer = await again.call("session/load", sessionId=session, cwd="/x", mcpServers=[])
     assert "result" in answer, answer
-    assert again.said == "".join(f"{number} " for number in range(1, 31))
+    assert again.said == "".join(f"{number} " for number in range(1, 101))

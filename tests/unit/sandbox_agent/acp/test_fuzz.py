@@ -65,7 +65,7 @@ def test_no_message_from_either_side_breaks_the_hub(said: list[tuple[str, Any]])
         errors: list[Any] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
         bench = Bench(Path(directory))
-        bench.start(stall_timeout_s=60.0)
+        bench.start(stall_timeout_s=60.0, journal_segment_bytes=2000)
         try:
             peers = {"one": bench.connect(cortex=True), "two": bench.connect()}
             session = await bench.session(peers["one"])
