@@ -101,6 +101,7 @@ class AcpHub:
             conversations=self._conversations,
             settings=self._settings,
             on_lost=self._context_lost,
+            on_made=self._session_made,
         )
         self._turns = Turns(
             agent=self._agent,
@@ -254,7 +255,7 @@ class AcpHub:
 
     def _orphan(self, session_id: str, line: bytes) -> None:
         """Said of a session whose ``session/new`` is not answered yet: kept until it is."""
-        if self._requests.making and len(self._orphans) < MAX_EARLY:
+        if self._making and len(self._orphans) < MAX_EARLY:
             self._orphans.append((session_id, line))
         else:
             self.garbage += 1
@@ -264,8 +265,12 @@ class AcpHub:
         for session_id, line in orphans:
             if session_id in self._conversations.by_agent_id:
                 self._agent_line(line)
-            elif self._requests.making:
+            elif self._making:
                 self._orphans.append((session_id, line))
+
+    @property
+    def _making(self) -> int:
+        return self._requests.making + self._restorer.making
 
     # -- clients ---------------------------------------------------------------------------------
 

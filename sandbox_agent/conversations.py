@@ -134,6 +134,14 @@ class Conversation:
         self._keep({"modes": {**modes, "currentModeId": mode}})
         return True
 
+    def set_model(self, model: Any) -> bool:
+        """Notes the model that is chosen; True when models are known and it is a name."""
+        models = self.extras.get("models")
+        if not isinstance(models, dict) or not isinstance(model, str):
+            return False
+        self._keep({"models": {**models, "currentModelId": model}})
+        return True
+
     def set_options(self, options: Any) -> None:
         """Notes the configuration options as they are now."""
         self._keep({"configOptions": options})

@@ -122,8 +122,7 @@ class Requests:
             self._refuse(client, request_id, jsonrpc.SERVER_ERROR, what, "session.overloaded", "wait for their answers")
             return
         if self._conversations.full:
-            what, hint = "as many conversations are open as may be", "session/close or session/delete some first"
-            self._refuse(client, request_id, jsonrpc.SERVER_ERROR, what, "session.overloaded", hint)
+            self._no_room(client, request_id)
             return
         cwd = self._settings.workspace.cwd(params.get("cwd"))
         try:
@@ -148,6 +147,10 @@ class Requests:
 
         if self._forward(client, request_id, method, wanted, None, made):
             self.making += 1
+
+    def _no_room(self, client: Client, request_id: Any) -> None:
+        what, hint = "as many conversations are open as may be", "session/close or session/delete some first"
+        self._refuse(client, request_id, jsonrpc.SERVER_ERROR, what, "session.overloaded", hint)
 
     def _making_of(self, client: Client) -> int:
         return sum(1 for method, _, _ in client.calls.values() if method in ("session/new", "session/fork"))
@@ -202,6 +205,9 @@ class Requests:
         known = session_id in self._conversations.by_agent_id if isinstance(session_id, str) else True
         if not isinstance(session_id, str) or not is_session_id(session_id) or known or not self._agent.can(capability):
             self._not_found(client, request_id)
+            return
+        if self._conversations.full:
+            self._no_room(client, request_id)
             return
         cwd = self._settings.workspace.cwd(params.get("cwd"))
         wanted = {"sessionId": session_id, "cwd": cwd, "mcpServers": self._settings.servers([])}
@@ -320,6 +326,8 @@ class Requests:
         changed = False
         if method == "session/set_mode" and "error" not in reply:
             changed = found.set_mode(params.get("modeId"))
+        elif method == "session/set_model" and "error" not in reply:
+            changed = found.set_model(params.get("modelId"))
         elif method == "session/set_config_option" and isinstance(result, dict) and "configOptions" in result:
             found.set_options(result["configOptions"])
             changed = True

@@ -30,7 +30,11 @@ class Restorer:
         conversations: Conversations,
         settings: AgentSettings,
         on_lost: Callable[[Conversation], None],
+        on_made: Callable[[], None],
     ) -> None:
+        self.making = 0
+        """Calls under way that will name a session."""
+        self._on_made = on_made
         self._agent = agent
         self._outbox = outbox
         self._conversations = conversations
@@ -86,9 +90,15 @@ class Restorer:
 
     def _anew(self, conversation: Conversation) -> None:
         conversation.quiet = False
+        self.making += 1
         self._agent.call("session/new", self._place(conversation), lambda reply: self._made(conversation, reply))
 
     def _made(self, conversation: Conversation, reply: Message) -> None:
+        self.making -= 1
+        self._take(conversation, reply)
+        self._on_made()
+
+    def _take(self, conversation: Conversation, reply: Message) -> None:
         if not conversation.restoring:
             return
         result = reply.get("result")

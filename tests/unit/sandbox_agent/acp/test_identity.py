@@ -224,3 +224,32 @@ async def test_the_agents_ids_and_extras_are_bounded(bench: Bench) -> None:
     assert len(str(state)) < 5000
     again = await peer.request("session/prompt", prompt("s1", "hi", "m1"))
     assert again["result"]["stopReason"] == "end_turn"
+
+
+async def test_what_is_said_before_a_session_made_anew_has_its_id_is_not_lost(bench: Bench) -> None:
+    bench.start(agent=Agent({}))
+    peer = bench.connect()
+    session = await bench.session(peer)
+    agent = Agent({})
+    agent.on["session/new"] = lambda params: None
+    bench.restart_agent(agent)
+    await bench.prompt(peer, session)
+    await agent.asked("session/new")
+    agent.update("fresh", "commands")
+    agent.answer("session/new", {"sessionId": "fresh"})
+    await agent.asked("session/prompt")
+    agent.update("fresh", "reply")
+    assert await peer.texts(2) == ["commands", "reply"]
+    assert bench.hub.garbage == 0
+
+
+async def test_a_model_that_was_chosen_is_followed(bench: Bench) -> None:
+    bench.start()
+    models = {"currentModelId": "a", "availableModels": [{"modelId": "a", "name": "A"}, {"modelId": "b", "name": "B"}]}
+    bench.agent.on["session/new"] = lambda params: {"sessionId": "s1", "models": models}
+    bench.agent.on["session/set_model"] = lambda params: {}
+    peer = bench.connect()
+    session = await bench.session(peer)
+    await peer.request("session/set_model", {"sessionId": session, "modelId": "b"})
+    reply = await peer.request("session/load", {"sessionId": session, **LOAD})
+    assert reply["result"]["models"]["currentModelId"] == "b"
