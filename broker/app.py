@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import structlog
@@ -77,8 +78,9 @@ class Broker:
         self._notifier = Notifier()
         self._passed = listen_fds()
         self._lag = LagMeter()
+        self._open = AsyncExitStack()
+        """What has to be closed, whatever fails on the way."""
         self._stopping = asyncio.Event()
-        self._stopped = False
 
     def config(self) -> Config:
         """The settings of the moment."""
@@ -90,6 +92,7 @@ class Broker:
         """Opens everything, from the store outwards. Raises ``CortexError``; then call ``stop``."""
         raise_file_limit()
         self._lag.start()
+        self._open.callback(self._lag.stop)
         await self._open_state()
         await self._open_sandboxes()
         await self._take_over()
@@ -103,6 +106,8 @@ class Broker:
         state_dir, runtime_dir = _place(config.broker.state_dir), _place(config.broker.runtime_dir)
         runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.db = await Database.open(state_dir)
+        self._open.push_async_callback(self.db.close)
+        self._open.push_async_callback(self._tasks.close)
         self.identity = await asyncio.to_thread(load_identity, state_dir)
         self.store = SessionStore(self.db)
         self.users = UserStore(self.db)
@@ -112,6 +117,7 @@ class Broker:
         self.slots = Slots(_place(config.broker.state_dir), uid=sandbox_uid(config))
         self.slots.check()
         self.driver = make_driver(config, self.identity.id, self._tasks, self.slots)
+        self._open.push_async_callback(self.driver.close)
         await self.driver.open()
         self.gateway = GatewayLink(
             Path(config.gateway.link),
@@ -119,10 +125,12 @@ class Broker:
             settings=lambda: self.config().gateway,
             on_report=lambda facts: log.info("gateway_report", **facts),
         )
+        self._open.push_async_callback(self.gateway.close)
         await self.gateway.start()
         self.gateway_child = GatewayChild(
             self.gateway, self._tasks, log_level=config.broker.log_level, log_format=config.broker.log_format
         )
+        self._open.push_async_callback(self._stop_gateway)
         if config.gateway.mode == "child":
             await self.gateway_child.start()
         self.shelf = PackageShelf(
@@ -148,6 +156,8 @@ class Broker:
             image=config.sandbox.docker.image if self.driver.name == "docker" else self.driver.name,
         )
         self.registry = Registry(runtime, Solo(config.broker.node))
+        for part in (self.http_source, self.shelf, self.registry):
+            self._open.push_async_callback(part.close)
         self.registry.start()
 
     async def _take_over(self) -> None:
@@ -188,8 +198,10 @@ class Broker:
         self.control = ControlServer(
             Control(self.registry, self.access, self.users, self.config, lambda: self.front_url, self.health)
         )
+        self._open.push_async_callback(self.control.close)
         await self.control.start(*control)
         self.front = FrontDoor(self.registry, self.access, self.config, self._tasks)
+        self._open.push_async_callback(self.front.close)
         await self.front.start(front)
 
     async def _watch(self) -> None:
@@ -274,23 +286,17 @@ class Broker:
 
     async def stop(self) -> None:
         """Lets go of everything, from the doors inwards; sandboxes go on, and their gateway. Idempotent."""
-        if self._stopped:
-            return
-        self._stopped = True
-        self._lag.stop()
-        for name in ("front", "control", "registry", "shelf", "http_source"):
-            part = getattr(self, name, None)
-            if part is not None:
-                await part.close()
-        if hasattr(self, "gateway_child"):
-            if not self.slots.ids():
-                await self.gateway_child.stop(2.0)
-            await self.gateway.close()
-        if hasattr(self, "driver"):
-            await self.driver.close()
-        await self._tasks.close()
-        if hasattr(self, "db"):
-            await self.db.close()
+        await self._open.aclose()
+
+    async def _stop_gateway(self) -> None:
+        """It stays for the sandboxes that go on."""
+        try:
+            needed = bool(self.slots.ids())
+        except CortexError as error:
+            log.error("state_unreadable", error=str(error), hint=error.hint)
+            needed = False
+        if not needed:
+            await self.gateway_child.stop(2.0)
 
 
 def _place(path: Path | None) -> Path:

@@ -196,7 +196,11 @@ async def running(
 ) -> AsyncIterator[BrokerProcess]:
     """A broker that is stopped afterwards, its sandboxes removed."""
     broker = kind(directory, driver, config, env=env)
-    await broker.start()
+    try:
+        await broker.start()
+    except BaseException:
+        await broker.kill()
+        raise
     try:
         yield broker
     finally:

@@ -209,3 +209,28 @@ async def test_a_signal_ends_it_in_good_order(place: Place) -> None:
     after = place.broker()
     await after.start()
     await after.registry.delete("ann", "main")
+
+
+async def test_a_stop_closes_everything_although_its_state_is_gone(place: Place) -> None:
+    broker = place.broker()
+    await broker.start()
+    pid = broker.gateway.peer_pid
+    shutil.rmtree(broker.slots.packages_dir.parent / "slots")
+    await broker.stop()
+    with pytest.raises(CortexError):
+        await broker.db.read("SELECT 1")
+    assert not Path(f"/proc/{pid}").exists()
+
+
+async def test_what_fails_on_the_way_out_keeps_nothing_else_open(place: Place) -> None:
+    broker = place.broker()
+    await broker.start()
+
+    async def fails() -> None:
+        raise OSError("a part that cannot be closed")
+
+    broker._open.push_async_callback(fails)
+    with pytest.raises(OSError, match="cannot be closed"):
+        await broker.stop()
+    with pytest.raises(CortexError):
+        await broker.db.read("SELECT 1")
