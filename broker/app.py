@@ -7,6 +7,7 @@ sandbox: agents go on working and the next broker takes them over.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -98,6 +99,9 @@ class Broker:
         await self._take_over()
         await self._meet_gateway()
         await self._open_doors()
+        # What is there now stays: the collector need not walk it while clients wait.
+        gc.collect()
+        gc.freeze()
         await self._watch()
         log.info("started", front=self.front_url, control=self.control_url, driver=self.config().sandbox.driver)
 
