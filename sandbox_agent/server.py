@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import gc
 import os
 import signal
 from collections.abc import Callable, Coroutine
@@ -56,8 +55,6 @@ def serve(booted: Booted, make_hub: MakeHub = make_acp_hub) -> int:
     except WireError as error:
         say(f"the welcome is broken: {error}")
         return 70
-    # What was imported stays: the collector need not walk it while a turn waits.
-    gc.freeze()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(booted, welcome, make_hub))
 

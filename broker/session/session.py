@@ -327,9 +327,14 @@ class Session:
         except CortexError as error:
             configuration.warnings = (str(error),)
             return Applied(self.user, self.workspace, "failed", {}, error.problem())
-        assert configuration.assembled is not None
-        await self._save(config=configuration.assembled.dump(), config_at=configuration.assembled_at)
+        # The cached copy is for the next broker; whoever waits for the change need not wait for it.
+        self._mailbox.post_once("save", self._save_configuration)
         return Applied(self.user, self.workspace, "applied", effect)
+
+    async def _save_configuration(self) -> None:
+        configuration = self._configuration
+        if configuration.assembled is not None:
+            await self._save(config=configuration.assembled.dump(), config_at=configuration.assembled_at)
 
     def tick(self) -> None:
         """Called now and then by the registry: mends what is left over and keeps a session in use fresh."""
