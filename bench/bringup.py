@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,19 @@ def speaks(message: dict[str, Any]) -> bool:
     return update.get("sessionUpdate") in ("agent_message_chunk", "agent_thought_chunk", "tool_call")
 
 
-class Rpc:
+class Rpc(ABC):
     """A bare JSON-RPC client that blocks: whatever carries the messages, the client costs the same."""
 
     def __init__(self) -> None:
         self._ids = 0
 
+    @abstractmethod
     def send(self, text: bytes) -> None:
-        raise NotImplementedError
+        """One message out."""
 
+    @abstractmethod
     def receive(self) -> Any:
-        raise NotImplementedError
+        """The next message in."""
 
     def call(self, method: str, params: dict[str, Any]) -> tuple[Any, float]:
         """The result, and the seconds until the agent's first words (or the result, when it has none)."""

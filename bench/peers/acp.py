@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ TIMEOUT_S = 60.0
 _STAMP = re.compile(rb"at=(\d+);")
 
 
-class Caller:
+class Caller(ABC):
     """Requests and answers; ``lags`` collects seconds from a token's sending to its arrival."""
 
     def __init__(self) -> None:
@@ -30,8 +31,9 @@ class Caller:
         self._next = 0
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
+    @abstractmethod
     def write(self, message: bytes) -> None:
-        raise NotImplementedError
+        """One message out."""
 
     async def call(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
         """The result. Raises ``RuntimeError`` for an error."""
