@@ -293,3 +293,10 @@ async def read_message(reader: asyncio.StreamReader) -> bytes:
     opcode, is_masked, payload = await read_frame(reader)
     assert (opcode, is_masked) == (TEXT, True)
     return payload
+
+
+async def settle(condition: object) -> None:
+    """Lets the loop run until ``condition()``."""
+    async with asyncio.timeout(5):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.001)
