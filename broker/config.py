@@ -161,8 +161,20 @@ class AgentConfig(Section):
     model: str = Field("", description="Model used where the user names none; empty: the agent's own choice.")
     model_env: dict[str, str] = Field({}, description="Environment that names the model, as {model}.")
     model_args: tuple[str, ...] = Field((), description="Arguments that name the model, as {model}.")
-    prewarm: Literal["agent", "server"] = Field("server", description="What a generic warm sandbox holds.")
+    prewarm: Literal["agent", "server"] = Field(
+        "server",
+        description="What a generic warm sandbox holds. agent: the agent, which takes a home that is moved in later; "
+        "server: the agent is started anew for a user who has a home.",
+    )
+    open_ahead: Literal["never", "own", "new", "any"] = Field(
+        "own",
+        description="Conversation opened before its client asks: in a user's own sandbox (own), in generic ones for "
+        "users without a home (new), for everybody (any).",
+    )
     live_mcp: bool = Field(False, description="Takes new MCP servers in an open conversation.")
+    credential_path: str = Field(
+        "", description="The agent's own credential file below HOME, for credentials of mode file."
+    )
     max_restarts: int = Field(5, ge=0, description="Restarts in a row before the agent counts as failed.")
 
     @model_validator(mode="after")
@@ -198,6 +210,74 @@ class GatewayConfig(Section):
     providers: dict[AgentName, ProviderConfig] = Field({}, description="Model providers by name.")
 
 
+class PoolAgentConfig(Section):
+    minimum: int = Field(0, ge=0, le=1000, description="Generic warm sandboxes that are kept whatever is forecast.")
+    target: int = Field(2, ge=0, le=1000, description="Generic warm sandboxes to have.")
+    maximum: int = Field(16, ge=0, le=1000, description="More than these are never made ahead, whatever is forecast.")
+    hot: int = Field(1, ge=0, le=1000, description="So many of them are not paused.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PoolAgentConfig:
+        if not self.minimum <= self.target <= self.maximum:
+            raise ValueError("minimum, target and maximum have to be in that order")
+        return self
+
+
+class IdleConfig(Section):
+    pause_after_s: Seconds = Field(60.0, description="A session that nobody uses is paused after so long.")
+    keep_s: Seconds = Field(300.0, description="Kept so long after its last use when its user was busy.")
+    busy_requests: int = Field(3, ge=0, description="Busy: more requests than these within busy_window_s.")
+    busy_window_s: Seconds = Field(300.0, description="See busy_requests.")
+    fallback_keep_s: Seconds = Field(
+        120.0, description="Kept so long when the user was not busy and has no pattern yet."
+    )
+    longest_keep_s: Seconds = Field(3600.0, description="Never kept longer than this, whatever the pattern says.")
+    attached_pause_after_s: Seconds = Field(
+        900.0,
+        description="A session with clients that say nothing is paused after so long; their next message wakes it.",
+    )
+
+
+class ForecastConfig(Section):
+    mode: Literal["off", "forecast", "on"] = Field(
+        "forecast", description="Who comes when. forecast: reported, nothing is done; on: sandboxes are prepared."
+    )
+    interval_s: Seconds = Field(60.0, description="Time between looks.")
+    lead_s: Seconds = Field(120.0, description="A sandbox is prepared so long before its user is expected.")
+    top_users: int = Field(20, ge=0, description="Most active users that are looked at.")
+    history_days: int = Field(14, ge=1, le=90, description="Days of activity that are kept.")
+
+
+class PoolConfig(Section):
+    agents: dict[AgentName, PoolAgentConfig] = Field(
+        {}, description="Warm sandboxes by agent; none where it is not named."
+    )
+    memory_bytes: int = Field(0, ge=0, description="For all warm sandboxes together. 0: half of the host's memory.")
+    reserve_bytes: int = Field(2**30, ge=0, description="Memory of the host that warm sandboxes leave free.")
+    refill_concurrency: int = Field(2, ge=1, le=64, description="Warm sandboxes made at once.")
+    refill_per_s: float = Field(4.0, gt=0, le=1000, description="Warm sandboxes made a second, on average.")
+    refill_burst: int = Field(10, ge=1, le=1000, description="Of them at once after a quiet time.")
+    debounce_s: float = Field(0.05, ge=0, le=60, description="Pause between a claim and the refill for it.")
+    backoff_s: Seconds = Field(1.0, description="First pause after a warm sandbox could not be made; it doubles.")
+    breaker_failures: int = Field(5, ge=1, description="Failures in a row after which none is made for breaker_s.")
+    breaker_s: Seconds = Field(60.0, description="See breaker_failures.")
+    cost_per_hour: float = Field(
+        0.0, ge=0, description="Cost of one sandbox an hour, to show what idling costs. 0: not shown."
+    )
+    idle: IdleConfig = IdleConfig()
+    forecast: ForecastConfig = ForecastConfig()
+
+
+class VaultConfig(Section):
+    key_file: str = Field(
+        "",
+        description="Master keys. Default: {credentials}/cortex-vault.key where systemd passes one, else "
+        "{state_dir}/vault.key, made 0600 at first start.",
+    )
+    refresh_ahead_s: Seconds = Field(300.0, description="OAuth tokens are renewed so long before they expire.")
+    refresh_timeout_s: Seconds = Field(15.0, description="Deadline of a renewal.")
+
+
 class DefaultsConfig(Section):
     """Defaults of the eight user sections; checked with their schemas in ``broker.session.sections``."""
 
@@ -220,6 +300,8 @@ class Config(Section):
     session: SessionConfig = SessionConfig()
     sandbox: SandboxSettings = SandboxSettings()
     gateway: GatewayConfig = GatewayConfig()
+    pool: PoolConfig = PoolConfig()
+    vault: VaultConfig = VaultConfig()
     agents: dict[AgentName, AgentConfig] = Field({}, description="Agents by name.")
     defaults: DefaultsConfig = DefaultsConfig()
 
@@ -232,10 +314,13 @@ class Config(Section):
         for name, agent in agents.items():
             if agent.provider and agent.provider not in self.gateway.providers:
                 raise ValueError(f"agents.{name}.provider {agent.provider!r} is not in [gateway.providers]")
+        for name in self.pool.agents:
+            if name not in agents:
+                raise ValueError(f"pool.agents.{name}: there is no such agent in [agents]")
         return self
 
 
-DEMO_AGENT = AgentConfig(command=("{python}", "-I", "-S", "{sandbox_agent}/demo.py"), prewarm="agent", live_mcp=False)
+DEMO_AGENT = AgentConfig(command=("{python}", "-I", "-S", "{sandbox_agent}/demo.py"), prewarm="agent", open_ahead="any")
 
 USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+:|-]{0,127}")
 """A user id or workspace name."""

@@ -68,6 +68,28 @@ GATEWAY_EVENTS = Counter(
 GATEWAY_CONNECTIONS = Gauge(
     "cortex_gateway_connections", "Connections from sandboxes open at the gateway.", registry=REGISTRY
 )
+POOL_SIZE = Gauge(
+    "cortex_pool_size",
+    "Warm sandboxes. kind: generic or user; state: making, hot, paused or ending.",
+    ("agent", "kind", "state"),
+    registry=REGISTRY,
+)
+POOL_TARGET = Gauge("cortex_pool_target", "Generic warm sandboxes that there should be.", ("agent",), registry=REGISTRY)
+POOL_CLAIMS = Counter(
+    "cortex_pool_claims_total",
+    "Claims. kind: user, generic or cold; result: hit, or why there was none: empty, stale or failed.",
+    ("kind", "result"),
+    registry=REGISTRY,
+)
+POOL_REFILLS = Counter(
+    "cortex_pool_refills_total", "Warm sandboxes made, or not.", ("agent", "result"), registry=REGISTRY
+)
+POOL_BREAKER = Gauge(
+    "cortex_pool_breaker_open",
+    "1 while no warm sandbox is made because too many could not be.",
+    ("agent",),
+    registry=REGISTRY,
+)
 CONFIG_RELOADS = Counter("cortex_config_reloads_total", "Reloads of config.toml.", ("result",), registry=REGISTRY)
 
 for _state in ("stopped", "starting", "ready", "paused", "stopping", "failed"):

@@ -33,7 +33,8 @@ class SessionRow:
 
 @dataclass(frozen=True)
 class SandboxRow:
-    """One sandbox. ``role``: session or builder; ``welcomed``: its incarnation has its secret."""
+    """One sandbox. ``role``: session, warm (nobody's yet, of ``agent``) or builder; ``welcomed``: its incarnation
+    has its secret; ``boot``: hash of what it was made with."""
 
     slot: str
     incarnation: int
@@ -44,6 +45,8 @@ class SandboxRow:
     role: str
     welcomed: bool
     created_at: float
+    agent: str = ""
+    boot: str = ""
 
 
 _SESSION = tuple(item.name for item in fields(SessionRow))
@@ -67,8 +70,8 @@ _SAVE_SANDBOX = _upsert("sandboxes", _SANDBOX, ("slot",))
 
 
 def _sandbox(row: tuple[Any, ...]) -> SandboxRow:
-    slot, incarnation, driver, ref, user, workspace, role, welcomed, created_at = row
-    return SandboxRow(slot, incarnation, driver, ref, user, workspace, role, bool(welcomed), created_at)
+    slot, incarnation, driver, ref, user, workspace, role, welcomed, created_at, agent, boot = row
+    return SandboxRow(slot, incarnation, driver, ref, user, workspace, role, bool(welcomed), created_at, agent, boot)
 
 
 class SessionStore:
@@ -127,6 +130,18 @@ class SessionStore:
             (
                 "UPDATE sandboxes SET welcomed = 1 WHERE slot = ? AND incarnation = ? AND welcomed = 0",
                 (slot, incarnation),
+            )
+        )
+        return changed == 1
+
+    async def sandbox_claim(self, slot: str, incarnation: int, user: str, workspace: str) -> bool:
+        """Makes a warm sandbox that of a session; durable when it returns. False: it is not there, or not warm any
+        more, so it may not be claimed."""
+        (changed,) = await self._db.write(
+            (
+                "UPDATE sandboxes SET role = 'session', user = ?, workspace = ? "
+                "WHERE slot = ? AND incarnation = ? AND role = 'warm'",
+                (user, workspace, slot, incarnation),
             )
         )
         return changed == 1

@@ -134,7 +134,10 @@ class AgentSpec(Message):
 
 @dataclass(frozen=True)
 class Welcome(Message):
-    """Answer to Hello. ``agent_spec`` given: start it now (its hash is ``agent_hash``)."""
+    """Answer to Hello. ``agent_spec`` given: start it now (its hash is ``agent_hash``).
+
+    ``session`` empty: a warm sandbox that is nobody's yet; there is no journal until a ``claim`` is bound.
+    """
 
     TYPE: ClassVar[str] = "welcome"
     incarnation: int
@@ -165,7 +168,11 @@ class Welcome(Message):
 class Bind(Message):
     """Parts that differ, by name, and their hashes. Parts: ``process`` (an encoded AgentSpec),
     ``mcp`` (list of ACP McpServer objects), ``files`` (list of {path, mode, content: bytes}, credential
-    files under HOME on tmpfs), ``settings`` ({allow_client_mcp: bool, workspace: str})."""
+    files under HOME, kept on tmpfs), ``settings`` ({allow_client_mcp: bool, workspace: str, open_ahead: bool}).
+
+    ``claim``, once for a sandbox that was welcomed without a session, applied first: {session: str, moved: bool
+    (a home was moved in), restart: bool (the agent does not bear that), keep_ahead: bool (a conversation that was
+    opened before may serve this user)}. From then on the journal is there."""
 
     TYPE: ClassVar[str] = "bind"
     id: int
@@ -205,6 +212,10 @@ class Status(Message):
     hint: str = ""
     open_turns: int = 0
     clients: int = 0
+    turns: int = 0
+    """Prompts accepted since the agent server started."""
+    ahead: str = ""
+    """The conversation that is opened ahead: empty (none), opening, open, or failed."""
     pss_bytes: int = 0
     started_ms: float = 0.0
     """From Welcome to the agent process running, milliseconds; 0 until known."""
@@ -253,6 +264,15 @@ class Built(Message):
 
 
 @dataclass(frozen=True)
+class Refreshed(Message):
+    """The agent has changed one of its credential files (part ``files``); ``path`` is as it was bound."""
+
+    TYPE: ClassVar[str] = "refreshed"
+    path: str
+    content: bytes
+
+
+@dataclass(frozen=True)
 class Attach(Message):
     """Opens a stream for one client. ``protocol``: acp or raw; ``client``: stable key of the client;
     ``cortex``: it offered the subprotocol cortex.acp.v1."""
@@ -274,7 +294,7 @@ class Grant(Message):
     last: int
 
 
-FROM_SANDBOX: dict[str, type[Message]] = {m.TYPE: m for m in (Hello, Bound, Status, Built)}
+FROM_SANDBOX: dict[str, type[Message]] = {m.TYPE: m for m in (Hello, Bound, Status, Built, Refreshed)}
 FROM_BROKER: dict[str, type[Message]] = {m.TYPE: m for m in (Welcome, Bind, Probe, Stop, Build)}
 
 
