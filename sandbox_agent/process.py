@@ -87,6 +87,8 @@ class AgentProcess:
         self._exit: int | None = None
         self._hung = False
         self._up = False
+        self._renew = False
+        """The agent had failed for good; what is wanted now has all its restarts before it."""
         self._stopping = False
         self._turns = 0
         self._policy = RestartPolicy(0)
@@ -120,7 +122,12 @@ class AgentProcess:
         spawn.check(spec.command, spec.env, self._surroundings)
         self._next = spec
         self._wake.set()
-        return "now" if self._child is None or self.idle else "next_turn"
+        if self._child is not None and not self.idle:
+            return "next_turn"
+        # Known from now on: whoever asks next must not be told that the old one is ready.
+        self._renew = self._renew or self.state == "failed"
+        self._set("restarting")
+        return "now"
 
     def noticed(self) -> None:
         """The hub has changed."""
@@ -157,9 +164,9 @@ class AgentProcess:
 
     def _start(self) -> bool:
         if self._next is not None:
-            if self._next != self.spec or self.state == "failed":
+            if self._next != self.spec or self._renew:
                 self._policy = RestartPolicy(self._next.max_restarts)
-            self.spec, self._next = self._next, None
+            self.spec, self._next, self._renew = self._next, None, False
         spec = self.spec
         if spec is None:
             return False
