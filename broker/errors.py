@@ -60,6 +60,12 @@ class Code(Enum):
     SLOW_CONSUMER = ("client.slow_consumer", 408, 4408, True)
     SUPERSEDED = ("client.superseded", 409, 4409, False)
 
+    BAD_CREDENTIAL = ("credential.invalid", 422, 4400, False)
+    NO_CREDENTIAL = ("credential.not_found", 404, 4400, False)
+    VAULT_KEY = ("vault.key_unusable", 500, 1011, False)
+    VAULT_KEY_READ_ONLY = ("vault.key_read_only", 409, 4409, False)
+    VAULT_TAMPERED = ("vault.tampered", 500, 1011, False)
+
     DISK_FULL = ("store.disk_full", 507, 1013, True)
     STORE_LOCKED = ("store.locked", 503, 1011, False)
     STORE_ERROR = ("store.error", 500, 1011, True)

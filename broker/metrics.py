@@ -90,6 +90,15 @@ POOL_BREAKER = Gauge(
     ("agent",),
     registry=REGISTRY,
 )
+VAULT_ALARMS = Counter(
+    "cortex_vault_alarms_total",
+    "Sealed credentials that were refused: tampered with, swapped, or put back to an older version.",
+    ("reason",),
+    registry=REGISTRY,
+)
+CREDENTIAL_REFRESHES = Counter(
+    "cortex_credential_refreshes_total", "Renewals of OAuth tokens.", ("provider", "result"), registry=REGISTRY
+)
 CONFIG_RELOADS = Counter("cortex_config_reloads_total", "Reloads of config.toml.", ("result",), registry=REGISTRY)
 
 for _state in ("stopped", "starting", "ready", "paused", "stopping", "failed"):
@@ -97,6 +106,8 @@ for _state in ("stopped", "starting", "ready", "paused", "stopping", "failed"):
 for _direction in ("to_agent", "to_client"):
     RELAY_FRAMES.labels(_direction)
     RELAY_BYTES.labels(_direction)
+for _reason in ("tampered", "rolled_back"):
+    VAULT_ALARMS.labels(_reason)
 for _kind in ("mcp", "credentials", "settings", "packages"):
     STATE_WRITES.labels(_kind, "written")
     STATE_WRITES.labels(_kind, "skipped")

@@ -74,7 +74,7 @@ def report(error: CortexError) -> int:
         say(f"  why:  {error.cause}")
     say(f"  hint: {error.hint}")
     say(styled(f"  code: {error.code.slug}", _DIM, sys.stderr))
-    return EX_CONFIG if error.code is Code.BAD_CONFIG else 1
+    return EX_CONFIG if error.code in (Code.BAD_CONFIG, Code.VAULT_KEY) else 1
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:
