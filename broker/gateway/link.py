@@ -26,6 +26,7 @@ from broker.gateway.messages import (
     Egress,
     MessageError,
     Provider,
+    Scheme,
     Settings,
     SlotEntry,
     entry_to_wire,
@@ -37,7 +38,7 @@ from broker.gateway.wishes import Wish, Wishes
 from broker.host.tasks import TaskOwner
 from broker.metrics import GATEWAY_CONNECTIONS, GATEWAY_EVENTS
 
-__all__ = ["Egress", "GatewayLink", "Provider"]
+__all__ = ["Egress", "GatewayLink", "Provider", "Scheme"]
 
 ACK_TIMEOUT = 5.0
 """Seconds a call waits for the gateway, a redial included."""

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     # The gateway process does without what reads config.toml: 15 MB and 0.1 s.
     from broker.config import GatewayConfig
 
-VERSION = 1
+VERSION = 2
 MAX_PACKET = 256 * 2**10
 """Largest packet in bytes; below what a Unix socket's send buffer takes at once."""
 
 Kind = Literal["anthropic", "openai", "gemini", "ollama"]
+Scheme = Literal["key", "bearer", "passthrough"]
+"""How a call is authenticated: the credential in the header of the provider's kind, as a bearer token (OAuth), or
+by what the sandbox itself sends, which is stripped otherwise."""
 
 
 class MessageError(ValueError):
@@ -31,9 +34,9 @@ class MessageError(ValueError):
 class Provider:
     """A model provider as one slot may use it, at the path ``/NAME/…`` of its gateway socket.
 
-    ``credential`` is put into each call by ``kind`` ("" puts none in); ``ca`` is a PEM bundle ("":
-    the system's); ``private`` allows ``base_url`` to lead to a private address, so it is False
-    for a ``base_url`` that an operator did not choose.
+    ``credential`` is put into each call as ``scheme`` says ("" puts none in), ``headers`` besides; ``ca``
+    is a PEM bundle ("": the system's); ``private`` allows ``base_url`` to lead to a private address, so
+    it is False for a ``base_url`` that an operator did not choose.
     """
 
     kind: Kind
@@ -41,6 +44,8 @@ class Provider:
     credential: str = field(default="", repr=False)
     ca: str = field(default="", repr=False)
     private: bool = True
+    scheme: Scheme = "key"
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 A provider is reached at ``/NAME/rest``: ``rest`` goes behind its base URL, byte for byte. Headers
 pass as they came, except those of this hop, those that carry credentials or cookies (whatever the
-sandbox believes its key to be is worth nothing), and Host.
+sandbox believes its key to be is worth nothing), and Host. Where a user's CLI has credentials of
+its own (scheme ``passthrough``) those pass, for that slot and provider alone.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from broker.errors import Code, CortexError
@@ -23,20 +25,23 @@ _HOP = frozenset(
         b"trailer", b"transfer-encoding", b"upgrade", b"http2-settings", b"content-length", b"host", b"expect",
     )
 )  # fmt: skip
-_CREDENTIALS = frozenset(
-    (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"cookie", b"cookie2", b"x-auth-token")
-)
+_COOKIES = frozenset((b"cookie", b"cookie2"))
+_CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"x-auth-token"))
 _KEY_PARAMETERS = frozenset((b"key", b"api_key", b"access_token"))
-_REQUEST_DROPS = _HOP | _CREDENTIALS
+_REQUEST_DROPS = _HOP | _CREDENTIALS | _COOKIES
+_LISTS = frozenset((b"anthropic-beta", b"openai-beta"))
+"""Headers that hold a list: what is put in joins what the sandbox sends."""
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _RESPONSE_DROPS = (_HOP - {b"host", b"expect"}) | {
     b"set-cookie", b"set-cookie2", b"alt-svc", b"anthropic-organization-id", b"openai-organization", b"openai-project",
 }  # fmt: skip
 
+_BEARER = b"authorization: Bearer %s\r\n"
 _CREDENTIAL_HEADER = {
     "anthropic": b"x-api-key: %s\r\n",
-    "openai": b"authorization: Bearer %s\r\n",
+    "openai": _BEARER,
     "gemini": b"x-goog-api-key: %s\r\n",
-    "ollama": b"authorization: Bearer %s\r\n",
+    "ollama": _BEARER,
 }
 
 
@@ -61,13 +66,16 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A provider made ready: ``fixed`` is the Host line and the credential's, each with CRLF."""
+    """A provider made ready: ``fixed`` is the lines that are put in (Host, the credential's), each with CRLF;
+    ``joins``: members of list headers by name; ``own_keys``: the sandbox's own credentials pass."""
 
     name: str
     origin: Origin
     base_path: bytes
     fixed: bytes
     drops: frozenset[bytes] = _REQUEST_DROPS
+    joins: Mapping[bytes, bytes] = field(default_factory=dict)
+    own_keys: bool = False
 
     def __repr__(self) -> str:
         return f"Route({self.name!r}, {self.origin.authority!r})"
@@ -92,16 +100,34 @@ def _compile(name: str, provider: Provider) -> Route:
         raise wrong("base_url is malformed", url_hint)
     if not (provider.base_url.isascii() and provider.base_url.isprintable() and " " not in url.path):
         raise wrong("base_url has odd characters", url_hint)
-    if not (provider.credential.isascii() and provider.credential.isprintable()):
+    if not _printable(provider.credential):
         raise wrong("the credential has odd characters", "store the key alone, without line ends")
     template = _CREDENTIAL_HEADER.get(provider.kind)
     if template is None:
         raise wrong(f"kind {provider.kind!r} is unknown", f"one of {', '.join(_CREDENTIAL_HEADER)}")
+    if provider.scheme not in ("key", "bearer", "passthrough"):
+        raise wrong(f"scheme {provider.scheme!r} is unknown", "key, bearer or passthrough")
+    own_keys = provider.scheme == "passthrough"
+    if own_keys and provider.credential:
+        raise wrong("the sandbox's own credential passes, or one is put in; not both", "leave the credential out")
+    extra = {name.lower().encode("ascii", "replace"): value.encode() for name, value in provider.headers.items()}
+    taken = _HOP | _COOKIES | _CREDENTIALS
+    for header, value in provider.headers.items():
+        if not _HEADER_NAME.fullmatch(header) or header.lower().encode() in taken or not _printable(value):
+            raise wrong(f"header {header[:64]!r} cannot be put in", "a plain header with a value of one line")
     origin = Origin(url.scheme, authority[0], authority[1], provider.ca, provider.private)
     fixed = b"host: %s\r\n" % origin.authority.encode()
     if provider.credential:
-        fixed += template % provider.credential.encode()
-    return Route(name, origin, url.path.rstrip("/").encode(), fixed)
+        fixed += (_BEARER if provider.scheme == "bearer" else template) % provider.credential.encode()
+    joins = {header: value for header, value in extra.items() if header in _LISTS}
+    sets = extra.keys() - joins.keys()
+    fixed += b"".join(b"%s: %s\r\n" % (header, extra[header]) for header in sorted(sets))
+    drops = (_HOP | _COOKIES if own_keys else _REQUEST_DROPS) | sets
+    return Route(name, origin, url.path.rstrip("/").encode(), fixed, drops, joins, own_keys)
+
+
+def _printable(text: str) -> bool:
+    return text.isascii() and text.isprintable()
 
 
 def find_route(routes: Mapping[bytes, Route], target: bytes) -> tuple[Route, bytes]:
@@ -116,7 +142,7 @@ def find_route(routes: Mapping[bytes, Route], target: bytes) -> tuple[Route, byt
         raise unknown_provider(name.decode("ascii", "replace"), [known.decode() for known in routes])
     if b"." in rest or b"%" in rest or b"\\" in rest:
         _refuse_dot_segments(rest)
-    if question and query:
+    if question and query and not route.own_keys:
         query = strip_keys(query)
     return route, route.base_path + b"/" + rest + (b"?" + query if query else b"")
 
@@ -154,18 +180,25 @@ def proxy_route(target: bytes, *, private: bool) -> tuple[Route, bytes] | None:
 
 def request_head(route: Route, head: RequestHead, target: bytes) -> bytes:
     """The head that goes upstream."""
-    drops, named = route.drops, head.hop_by_hop
+    drops, joins, named = route.drops, route.joins, head.hop_by_hop
     parts = [b"%s %s HTTP/1.1\r\n" % (head.method, target), route.fixed]
     for name, value in head.headers:
         low = name.lower()
-        if low not in drops and low not in named:
+        if low not in drops and low not in named and low not in joins:
             parts.append(b"%s: %s\r\n" % (name, value))
+    parts += [b"%s: %s\r\n" % (name, _joined(head, name, ours)) for name, ours in joins.items()]
     if head.chunked:
         parts.append(b"transfer-encoding: chunked\r\n")
     elif head.length is not None:
         parts.append(b"content-length: %d\r\n" % head.length)
     parts.append(b"\r\n")
     return b"".join(parts)
+
+
+def _joined(head: RequestHead, name: bytes, ours: bytes) -> bytes:
+    """The members of a list header that the sandbox sent, then those of ``ours`` that it did not."""
+    given = b",".join(value for key, value in head.headers if key.lower() == name)
+    return b",".join(dict.fromkeys(part.strip() for part in (given + b"," + ours).split(b",") if part.strip()))
 
 
 def response_head(head: ResponseHead, *, chunked: bool, close: bool) -> bytes:

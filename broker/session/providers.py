@@ -1,29 +1,48 @@
 """Which providers a session's sandbox may call, with their credentials: what the gateway is told.
 
-Credentials come from ``credential_file`` of [gateway.providers]; per-user ones will come through
-the same ``Credentials`` port.
+Credentials come through the ``Credentials`` port: ``credential_file`` of [gateway.providers] here,
+those of users in ``session.credentials``.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from broker.config import Config, ProviderConfig
+from broker.config import AgentConfig, Config, ProviderConfig
 from broker.errors import Code, CortexError
-from broker.gateway.link import Egress, GatewayLink, Provider
+from broker.gateway.link import Egress, GatewayLink, Provider, Scheme
 from broker.session.sections import ProviderChoice, SandboxConfig
 
 MAX_CREDENTIAL = 16 * 2**10
 
 
-class Credentials(Protocol):
-    """Where credentials come from."""
+@dataclass(frozen=True)
+class Credential:
+    """What authenticates calls. ``value`` "": nothing; ``headers`` go along with it."""
 
-    async def get(self, user: str, name: str, provider: ProviderConfig) -> str:
-        """The credential of ``user`` for provider ``name``; "" when there is none. Raises ``CortexError``."""
+    value: str = field(default="", repr=False)
+    scheme: Scheme = "key"
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+class Credentials(Protocol):
+    """Where credentials come from. Every method may raise ``CortexError``."""
+
+    async def get(self, user: str, name: str, provider: ProviderConfig) -> Credential:
+        """The credential of ``user`` for provider ``name``."""
+
+    async def files(self, user: str, agent_name: str, agent: AgentConfig) -> list[dict[str, Any]]:
+        """The agent's own credential files, as the part ``files`` of a bind."""
+
+    async def refreshed(self, user: str, agent: AgentConfig, path: str, content: bytes) -> None:
+        """The agent has changed the file that was bound at ``path``: kept for the user's next sandbox."""
+
+    async def warnings(self, user: str) -> Sequence[str]:
+        """What is wrong with the user's credentials, for people."""
 
 
 class FileCredentials:
@@ -32,10 +51,19 @@ class FileCredentials:
     def __init__(self) -> None:
         self._read: dict[str, tuple[tuple[int, int], str]] = {}
 
-    async def get(self, user: str, name: str, provider: ProviderConfig) -> str:
+    async def get(self, user: str, name: str, provider: ProviderConfig) -> Credential:
         if not provider.credential_file:
-            return ""
-        return await asyncio.to_thread(self._load, name, Path(provider.credential_file))
+            return Credential()
+        return Credential(await asyncio.to_thread(self._load, name, Path(provider.credential_file)))
+
+    async def files(self, user: str, agent_name: str, agent: AgentConfig) -> list[dict[str, Any]]:
+        return []
+
+    async def refreshed(self, user: str, agent: AgentConfig, path: str, content: bytes) -> None:
+        """Nothing is bound, so nothing can have changed."""
+
+    async def warnings(self, user: str) -> Sequence[str]:
+        return ()
 
     def _load(self, name: str, path: Path) -> str:
         try:
@@ -66,8 +94,10 @@ async def providers_for(
         source = choice.use if choice and choice.use in config.gateway.providers else name
         entry = config.gateway.providers[source]
         ca = await asyncio.to_thread(_read_ca, source, Path(entry.ca_file)) if entry.ca_file else ""
-        credential = await credentials.get(user, source, entry)
-        table[name] = Provider(entry.kind, entry.base_url, credential, ca)
+        found = await credentials.get(user, source, entry)
+        table[name] = Provider(
+            entry.kind, entry.base_url, found.value, ca, scheme=found.scheme, headers=dict(found.headers)
+        )
     return table
 
 

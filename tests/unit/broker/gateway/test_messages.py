@@ -23,7 +23,11 @@ from broker.gateway.messages import (
 )
 
 ENTRY = SlotEntry(
-    "s", 3, {"user": "u"}, {"p": Provider("openai", "https://h", "k", "ca", False)}, Egress(("a", "b:1"), ("b",))
+    "s",
+    3,
+    {"user": "u"},
+    {"p": Provider("openai", "https://h", "k", "ca", False, "bearer", {"a": "b"})},
+    Egress(("a", "b:1"), ("b",)),
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +61,76 @@ def test_without_a_credential_none_goes_in() -> None:
         b"",
         b"",
     ]
+
+
+def sent(provider: Provider, lines: bytes, target: bytes = b"/p/v1/x") -> list[bytes]:
+    head = parse_request(b"POST " + target + b" HTTP/1.1\r\nHost: sandbox\r\n" + lines + b"\r\n")
+    route, there = find_route(compile_routes({"p": provider}), head.target)
+    return [line for line in request_head(route, head, there).split(b"\r\n") if line]
+
+
+OWN = (
+    b"Authorization: Bearer own\r\nX-Api-Key: own\r\nx-goog-api-key: own\r\napi-key: own\r\nx-auth-token: own\r\n"
+    b"Cookie: c\r\nProxy-Authorization: p\r\n"
+)
+
+
+@pytest.mark.parametrize("kind", ["anthropic", "openai", "gemini", "ollama"])
+def test_an_oauth_token_goes_in_as_a_bearer_whatever_the_kind(kind: Kind) -> None:
+    got = sent(Provider(kind, "https://h", "at-1", scheme="bearer"), OWN)
+    assert got == [b"POST /v1/x HTTP/1.1", b"host: h", b"authorization: Bearer at-1"]
+
+
+def test_where_the_cli_has_its_own_credentials_they_pass_and_nothing_is_put_in() -> None:
+    got = sent(Provider("anthropic", "https://h", scheme="passthrough"), OWN, b"/p/v1/x?key=own&alt=sse")
+    assert got[:2] == [b"POST /v1/x?key=own&alt=sse HTTP/1.1", b"host: h"]
+    names = [line.partition(b":")[0].lower() for line in got[2:]]
+    assert names == [b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key", b"x-auth-token"]
+
+
+def test_only_that_provider_lets_them_pass() -> None:
+    table = compile_routes(
+        {"own": Provider("anthropic", "https://h", scheme="passthrough"), "other": Provider("anthropic", "https://h")}
+    )
+    head = parse_request(b"POST /other/x?key=own HTTP/1.1\r\nHost: s\r\n" + OWN + b"\r\n")
+    route, there = find_route(table, head.target)
+    assert request_head(route, head, there) == b"POST /x HTTP/1.1\r\nhost: h\r\n\r\n"
+
+
+def test_extra_headers_go_in_and_lists_are_joined() -> None:
+    provider = Provider(
+        "anthropic", "https://h", "at-1", scheme="bearer",
+        headers={"Anthropic-Beta": "oauth-2025-04-20", "ChatGPT-Account-Id": "acc"},
+    )  # fmt: skip
+    got = sent(provider, b"Anthropic-Beta: a, oauth-2025-04-20\r\nanthropic-beta: b\r\nchatgpt-account-id: other\r\n")
+    assert got[1:] == [
+        b"host: h", b"authorization: Bearer at-1", b"chatgpt-account-id: acc", b"anthropic-beta: a,oauth-2025-04-20,b",
+    ]  # fmt: skip
+    assert sent(provider, b"")[-1] == b"anthropic-beta: oauth-2025-04-20"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheme": "basic"},
+        {"scheme": "passthrough", "credential": "k"},
+        {"headers": {"authorization": "x"}},
+        {"headers": {"Host": "x"}},
+        {"headers": {"a b": "x"}},
+        {"headers": {"a": "x\r\nb: c"}},
+    ],
+)
+def test_a_scheme_or_header_that_cannot_be_is_refused_and_its_value_not_told(changes: dict[str, Any]) -> None:
+    with pytest.raises(CortexError) as caught:
+        compile_routes({"p": Provider("anthropic", "https://h", **changes)})
+    assert caught.value.code is Code.BAD_CONFIG
+    assert "provider p" in str(caught.value)
+    assert "b: c" not in str(caught.value)
+
+
+def test_neither_credential_nor_headers_are_shown() -> None:
+    provider = Provider("openai", "https://h", "sk-shown", headers={"x-account": "acc-shown"})
+    assert "shown" not in repr(provider) + repr(compile_routes({"p": provider}))
 
 
 def test_hop_by_hop_headers_stay_here() -> None:

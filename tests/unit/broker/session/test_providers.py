@@ -56,15 +56,15 @@ async def test_a_credential_is_read_again_when_its_file_was_replaced_or_rewritte
     tree = config(providers={"a": entry(credential_file=str(key))}).gateway.providers["a"]
     credentials = FileCredentials()
     key.write_text("one")
-    assert await credentials.get("ann", "a", tree) == "one"
+    assert (await credentials.get("ann", "a", tree)).value == "one"
     new = tmp_path / "new"
     new.write_text("two")
     os.utime(new, ns=(key.stat().st_mtime_ns, key.stat().st_mtime_ns))
     new.rename(key)
-    assert await credentials.get("ann", "a", tree) == "two"
+    assert (await credentials.get("ann", "a", tree)).value == "two"
     key.write_text("three")
     os.utime(key, ns=(1, 1))
-    assert await credentials.get("ann", "a", tree) == "three"
+    assert (await credentials.get("ann", "a", tree)).value == "three"
 
 
 @pytest.mark.parametrize("key", ["credential_file", "ca_file"])
