@@ -175,6 +175,10 @@ class AgentConfig(Section):
     credential_path: str = Field(
         "", description="The agent's own credential file below HOME, for credentials of mode file."
     )
+    credential_env: dict[str, str] = Field(
+        {},
+        description="Laid over env for a user with a credential of mode file; an empty value takes a variable away.",
+    )
     max_restarts: int = Field(5, ge=0, description="Restarts in a row before the agent counts as failed.")
 
     @model_validator(mode="after")
@@ -187,11 +191,26 @@ class AgentConfig(Section):
         return self
 
 
+class OAuthConfig(Section):
+    token_url: str = Field(
+        "",
+        pattern=r"^(https?://.+)?$",
+        description="Token endpoint (RFC 6749) that renews users' token sets. Empty: this provider has none.",
+    )
+    client_id: str = Field("", description="Client that the token sets were issued to.")
+    client_secret_file: str = Field("", description="File with the client's secret, where it has one; 0600.")
+    body: Literal["form", "json"] = Field("form", description="How the endpoint is asked; form is the standard.")
+    headers: dict[str, str] = Field(
+        {}, description="Sent with every call beside the token. Filled in: {account_id} of the token set."
+    )
+
+
 class ProviderConfig(Section):
     kind: Literal["anthropic", "openai", "gemini", "ollama"]
     base_url: str = Field(pattern=r"^https?://", description="Where calls go.")
     credential_file: str = Field("", description="File with the API key; 0600. Read again when it changes.")
     ca_file: str = Field("", description="PEM bundle trusted for this provider. Default: the system's.")
+    oauth: OAuthConfig = OAuthConfig()
 
 
 class GatewayConfig(Section):

@@ -27,6 +27,8 @@ from broker.toml_lines import line_of, locate
 SYSTEM_CONFIG = Path("/etc/cortex/config.toml")
 MAX_FILE_BYTES = 2**20
 ENV_PREFIX = "CORTEX_"
+VAULT_KEY_CREDENTIAL = "cortex-vault.key"
+"""Name of the systemd credential that holds the vault's keys."""
 
 Check = Callable[[Config], list[Problem]]
 """A check by a higher layer; problem paths are from the root of the tree."""
@@ -35,7 +37,7 @@ _RESTART = (
     *("broker.state_dir", "broker.runtime_dir", "broker.node", "broker.users_dir", "broker.log_format"),
     *("front.listen", "control.listen", "control.admin_token_file", "control.hook_secrets_file"),
     *("sandbox.driver", "sandbox.uid", "sandbox.ca_file", "sandbox.docker", "sandbox.process"),
-    *("gateway.mode", "gateway.link"),
+    *("gateway.mode", "gateway.link", "vault.key_file"),
 )
 _FILE_KEYS = (
     *("control.admin_token_file", "control.hook_secrets_file", "session.config_url_token_file"),
@@ -316,15 +318,17 @@ class _Resolver:
         for key in _FILE_KEYS:
             updates[key] = self._file(key, _get(config, key))
         providers = {
-            name: provider.model_copy(
-                update={
-                    key: self._file(f"gateway.providers.{name}.{key}", getattr(provider, key))
-                    for key in ("credential_file", "ca_file")
-                }
+            name: _updated(
+                provider,
+                {
+                    key: self._file(f"gateway.providers.{name}.{key}", _get(provider, key))
+                    for key in ("credential_file", "ca_file", "oauth.client_secret_file")
+                },
             )
             for name, provider in config.gateway.providers.items()
         }
         updates["gateway.providers"] = providers
+        updates["vault.key_file"] = self._vault_key(config.vault.key_file, state)
         resolved: Config = _updated(config, updates)
         return resolved
 
@@ -352,6 +356,15 @@ class _Resolver:
             return given
         return "unix:///var/run/docker.sock"
 
+    def _vault_key(self, value: str, state: Path) -> str:
+        if value:
+            return self._file("vault.key_file", value)
+        credentials = self._places.get("credentials")
+        if credentials and (passed := Path(credentials, VAULT_KEY_CREDENTIAL)).exists():
+            self._origins["vault.key_file"] = "environment CREDENTIALS_DIRECTORY"
+            return str(passed)
+        return str(state / "vault.key")
+
     def _file(self, key: str, value: str) -> str:
         """``value`` as an absolute path; "" stays."""
         if not value:
@@ -374,8 +387,8 @@ class _Resolver:
         return os.path.normpath(self._base / path)
 
 
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
+def _get(model: Any, key: str) -> Any:
+    value = model
     for part in key.split("."):
         value = getattr(value, part)
     return value

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from broker.config import DEMO_AGENT, Config, ProviderConfig
+from broker.config import DEMO_AGENT, Config, OAuthConfig, ProviderConfig
 from broker.session.sections import default_problems
 from broker.settings import load
 
@@ -45,6 +45,7 @@ def tables() -> Iterator[tuple[str, BaseModel]]:
             yield from below(name, getattr(config, name))
     yield "agents.demo", DEMO_AGENT
     yield "gateway.providers.anthropic", ProviderConfig(kind="anthropic", base_url="https://api.anthropic.com")
+    yield "gateway.providers.anthropic.oauth", OAuthConfig()
 
 
 @pytest.mark.parametrize(("table", "model"), [pytest.param(*item, id=item[0]) for item in tables()])

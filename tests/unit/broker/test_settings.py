@@ -255,6 +255,7 @@ def test_changed_names_keys_and_those_that_need_a_restart(tmp_path: Path) -> Non
         ("CONTROL__ADMIN_TOKEN_FILE", "/x", True),
         ("CONTROL__HOOK_SECRETS_FILE", "/x", True),
         ("SANDBOX__CA_FILE", "/x", True),
+        ("VAULT__KEY_FILE", "/x", True),
         ("SANDBOX__DOCKER__IMAGE", "x", True),
         ("SANDBOX__DOCKER__PIDS", "16", True),
     ],
@@ -264,6 +265,17 @@ def test_what_is_read_once_needs_a_restart_and_nothing_else(key: str, value: str
     keys, need_restart = changed(old, load(None, ENV | {f"CORTEX_{key}": value}, root=False).config)
     assert keys == [key.lower().replace("__", ".")]
     assert need_restart == (keys if restart else [])
+
+
+def test_the_vaults_keys_are_what_systemd_passes_else_a_file_of_the_state(tmp_path: Path) -> None:
+    env = ENV | {"STATE_DIRECTORY": "/s", "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert load(None, env, root=False).config.vault.key_file == "/s/vault.key"
+    (tmp_path / "cortex-vault.key").touch()
+    loaded = load(None, env, root=False)
+    assert loaded.config.vault.key_file == str(tmp_path / "cortex-vault.key")
+    assert loaded.origins["vault.key_file"] == "environment CREDENTIALS_DIRECTORY"
+    named = write(tmp_path, '[vault]\nkey_file = "keys"\n')
+    assert load(named, env).config.vault.key_file == str(tmp_path / "keys")
 
 
 def test_an_unknown_table_in_the_environment_is_told_by_its_variable() -> None:
