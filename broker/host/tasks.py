@@ -71,6 +71,16 @@ class TaskOwner:
                 log.error("task_stuck", task=task.get_name())
 
 
+async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A, B]:
+    """Runs two at once and returns their results; the first error cancels the other and is raised."""
+    one, two, _ = await together(first, second, _nothing())
+    return one, two
+
+
+async def _nothing() -> None:
+    return
+
+
 async def together(
     first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B], third: Coroutine[Any, Any, C]
 ) -> tuple[A, B, C]:

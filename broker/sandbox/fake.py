@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
 from broker.metrics import SANDBOX_CALLS
-from broker.sandbox.driver import Exit, Found, Liveness, SandboxSpec
+from broker.sandbox.driver import CREDENTIALS_DIR, Exit, Found, Liveness, SandboxSpec
 from sandbox_agent.wire import codec
 from sandbox_agent.wire.messages import (
     FROM_BROKER,
@@ -43,8 +43,8 @@ class Script:
 
     ``create_error``, ``start_error``: raised by the driver. ``hello``: says hello at all. ``hellos``: how
     often. ``garbage``: sent instead of a preamble. ``die_after_hello``: exit code. ``agent_fails``: code of
-    the agent's failure. ``bind_error``: code of a refusal. ``bind_hangs``: no answer. ``stream_hangs``:
-    streams are never dialled. ``secret``: presented instead of the right one.
+    the agent's failure. ``bind_error``: code of a refusal. ``bind_hangs``: no answer. ``die_at_claim``: when
+    it is told whose it is. ``stream_hangs``: streams are never dialled. ``secret``: presented instead of the right one.
     """
 
     create_error: CortexError | None = None
@@ -56,6 +56,7 @@ class Script:
     agent_fails: str = ""
     bind_error: str = ""
     bind_hangs: bool = False
+    die_at_claim: bool = False
     stream_hangs: bool = False
     secret: bytes | None = None
     effect: dict[str, str] = field(default_factory=dict)
@@ -75,6 +76,7 @@ class FakeSandbox:
     binds: list[Bind] = field(default_factory=list)
     attached: list[Attach] = field(default_factory=list)
     agent: str = "stopped"
+    ahead: str = ""
     exit: Exit = field(default_factory=lambda: Exit(0))
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     running: asyncio.Event = field(default_factory=asyncio.Event)
@@ -199,6 +201,9 @@ class FakeDriver:
         box = self.engine.sandboxes.get(ref)
         return "gone" if box is None else box.liveness
 
+    def credentials_dir(self, slot: str, incarnation: int) -> str:
+        return CREDENTIALS_DIR
+
     async def list(self) -> list[Found]:
         self._called("list")
         return [
@@ -284,6 +289,8 @@ class _Server:
     def _welcomed(self, writer: asyncio.StreamWriter, welcome: Welcome) -> None:
         again = self._box.welcome is not None
         self._box.welcome = welcome
+        if welcome.session:
+            self._box.applied["claim"] = welcome.session
         if welcome.agent_spec is not None and not again:
             self._box.applied["process"] = welcome.agent_hash
             self._agent_up(writer)
@@ -299,22 +306,38 @@ class _Server:
         box = self._box
         what = "the fake agent fails" if box.agent == "failed" else ""
         info = AGENT_INFO if box.agent == "ready" else ""
-        return Status(box.agent, number, info, agent_pid=3, code=box.script.agent_fails, what=what, started_ms=1.0)
+        return Status(
+            box.agent,
+            number,
+            info,
+            agent_pid=3,
+            code=box.script.agent_fails,
+            what=what,
+            ahead=box.ahead,
+            started_ms=1.0,
+        )
 
     def _bind(self, writer: asyncio.StreamWriter, bind: Bind) -> None:
         box = self._box
         box.binds.append(bind)
         if box.script.bind_hangs:
             return
+        if "claim" in bind.parts and box.script.die_at_claim:
+            self._engine.end_soon(box.ref, 1)
+            return
         if box.script.bind_error:
             _send(writer, Bound(bind.id, ok=False, code=box.script.bind_error, what="refused", hint="It is a fake."))
             return
         starts = "process" in bind.parts and box.agent == "stopped"
         box.applied |= bind.hashes
+        if bind.parts.get("settings", {}).get("open_ahead"):
+            box.ahead = "open"
         effect = {part: box.script.effect.get(part, "now") for part in bind.parts}
         _send(writer, Bound(bind.id, ok=True, applied=dict(box.applied), effect=effect))
         if starts:
             self._agent_up(writer)
+        elif "settings" in bind.parts:
+            _send(writer, self._status(0))
 
     async def _stream(self) -> None:
         """One stream: waits for a client, then echoes its frames; another takes its place in the waiting row."""

@@ -34,6 +34,10 @@ class SandboxRecord(Protocol):
     def role(self) -> str: ...
     @property
     def welcomed(self) -> bool: ...
+    @property
+    def agent(self) -> str: ...
+    @property
+    def boot(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def plan(
     records: Sequence[SandboxRecord],
     owners: Mapping[str, str | None],
 ) -> Plan:
-    """Decides, touching nothing. ``owners``: each slot on disk and the key of the home inside, or None."""
+    """Decides, touching nothing. ``owners``: each slot on disk and what ``_inside`` says of it."""
     known = {record.slot: record for record in records if record.driver == driver}
     foreign = {record.slot for record in records if record.driver != driver}
     adopt: dict[str, tuple[SandboxRecord, Found]] = {}
@@ -95,10 +99,15 @@ def _goes_on(sandbox: Found, record: SandboxRecord, owners: Mapping[str, str | N
         sandbox.liveness in ("running", "paused")
         and record.incarnation == sandbox.incarnation
         and record.ref in ("", sandbox.ref)
-        and record.role == "session"
         and record.welcomed
-        and owners.get(sandbox.slot) == home_key(record.user, record.workspace)
+        and owners.get(sandbox.slot) == _home_of(record)
+        and record.role in ("session", "warm")
     )
+
+
+def _home_of(record: SandboxRecord) -> str | None:
+    """The home that has to be in its slot; a warm sandbox has none."""
+    return home_key(record.user, record.workspace) if record.role == "session" else None
 
 
 async def reconcile(
@@ -109,13 +118,13 @@ async def reconcile(
 ) -> Outcome:
     """Adopts sandboxes that are ours and known, removes ours that are orphaned, touches nothing else.
 
-    Adopted: runs or is paused, its record has the same slot and incarnation, it was welcomed, and its
-    home is in its slot. All else of this driver's is removed, its home put to rest, its slot erased and
-    ``forget(slot)`` called to delete its row. A row must be saved before its sandbox is created.
-    Raises ``CortexError`` when the engine does not answer; nothing was touched then.
+    Adopted: runs or is paused, its record has the same slot and incarnation, it was welcomed, and the home
+    that belongs there (none, when it is warm) is in its slot. All else of this driver's is removed, its home
+    put to rest, its slot erased and ``forget(slot)`` called to delete its row. A row must be saved before its
+    sandbox is created. Raises ``CortexError`` when the engine does not answer; nothing was touched then.
     """
     found = await driver.list()
-    on_disk: dict[str, str | None] = {slot: slots.owner(slot) for slot in slots.ids()}
+    on_disk = {slot: _inside(slots, slot) for slot in slots.ids()}
     decided = plan(driver.name, found, records, on_disk)
     outcome = Outcome(foreign=list(decided.foreign))
     for slot, (record, sandbox) in decided.adopt.items():
@@ -138,13 +147,19 @@ async def reconcile(
     return outcome
 
 
+def _inside(slots: Slots, slot: str) -> str | None:
+    """The key of the home inside, None for a blank one, "" when there is neither (a claim was cut off)."""
+    place = slots.get(slot)
+    return slots.owner(slot) if place is not None and place.home_dir.is_dir() else ""
+
+
 def _adopt(slots: Slots, record: SandboxRecord, sandbox: Found, outcome: Outcome) -> None:
     place = slots.get(record.slot)
     if place is None:
         outcome.failed[record.slot] = "its slot is gone"
         return
-    key = home_key(record.user, record.workspace)
-    if slots.has_home(key):
+    key = _home_of(record)
+    if key is not None and slots.has_home(key):
         # The one in use is the real one; the other came from elsewhere.
         try:
             slots.quarantine_rest(key, "a home of the same key is in a running sandbox")

@@ -62,6 +62,10 @@ class Assembler:
                 warnings.append(str(result))
         return self._merge(answers, warnings, last)
 
+    def generic(self) -> Assembled:
+        """The defaults of config.toml alone: what a sandbox that is nobody's is made with."""
+        return self._merge({}, [], None)
+
     def restore(self, dumped: bytes) -> Assembled | None:
         """The configuration cached in a session's row; None when it no longer checks."""
         try:

@@ -5,23 +5,31 @@
     place ──► create ─► start ─► hello ─────────────┘
 
 Assembly stands before ``create`` only when no configuration is cached; else it runs beside it.
+Where the pool has a warm sandbox, ``claim`` takes the place of the lower line.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import structlog
+
+from broker.config import AgentConfig, Config
 from broker.errors import Code, CortexError
-from broker.host.tasks import first_of, together
+from broker.host.tasks import both, first_of, together
+from broker.metrics import POOL_CLAIMS
 from broker.sandbox.slots import home_key
 from broker.session.assembly import Assembled
-from broker.session.parts import Wanted, servers, wanted
-from broker.session.sandbox import Runtime, Sandbox, how_ended, place
+from broker.session.claim import NO_POOL, Claim, Takes
+from broker.session.parts import Wanted, boot_hash, servers, wanted
+from broker.session.sandbox import Owner, Runtime, Sandbox, how_ended, place
 from broker.session.timeline import Timeline
 from sandbox_agent.wire.messages import Status
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 LAST_WORDS_S = 1.0
@@ -41,6 +49,20 @@ class Subject:
     """There is something to put away from now on."""
     on_package: Callable[[str, CortexError | None], None]
 
+    @classmethod
+    def nobody(cls, agent: str) -> Subject:
+        """Of a warm sandbox."""
+
+        def ignore(*args: object) -> None:
+            return
+
+        return cls("", "", "", agent, ignore, ignore, ignore, ignore)
+
+    @property
+    def owner(self) -> Owner:
+        """Whose sandbox it is."""
+        return Owner(self.user, self.workspace, self.session_id, home_key(self.user, self.workspace))
+
 
 @dataclass
 class Prepared:
@@ -54,12 +76,7 @@ class Prepared:
 async def prepare(runtime: Runtime, subject: Subject, assembled: Assembled, home: str) -> Prepared:
     """Resolves MCP packages and computes parts and hashes; never waits for an install. Raises ``CortexError``."""
     config = runtime.config()
-    if subject.agent not in config.agents:
-        raise CortexError(
-            Code.UNKNOWN_AGENT,
-            f"the session's agent {subject.agent!r} is no longer configured",
-            hint=f"put [agents.{subject.agent}] back into config.toml, or delete the session",
-        )
+    agent_of(config, subject.agent)
     resolved = await runtime.shelf.resolve(servers(assembled.config), on_done=subject.on_package)
     warnings = [*assembled.warnings]
     warnings += [f"MCP server {name} is left out: {error}" for name, error in resolved.failed.items()]
@@ -71,21 +88,47 @@ async def prepare(runtime: Runtime, subject: Subject, assembled: Assembled, home
         home=home,
         image=runtime.image,
         mcp=resolved.servers,
+        generic=not subject.user,
     )
     return Prepared(assembled, parts, tuple(warnings))
+
+
+def agent_of(config: Config, name: str) -> AgentConfig:
+    """Raises ``UNKNOWN_AGENT``."""
+    if name not in config.agents:
+        raise CortexError(
+            Code.UNKNOWN_AGENT,
+            f"the session's agent {name!r} is no longer configured",
+            hint=f"put [agents.{name}] back into config.toml, or delete the session",
+        )
+    return config.agents[name]
+
+
+async def or_exit(box: Sandbox, work: Coroutine[Any, Any, T], when: str) -> T:
+    """Returns what ``work`` does; the sandbox's end meanwhile tells more, and sooner, than a deadline would."""
+    exited, done = await first_of(box.runtime.driver.wait(box.ref), work)
+    if exited is not None:
+        raise CortexError(
+            Code.SANDBOX_DIED,
+            f"the sandbox {how_ended(exited)} {when}",
+            cause=exited.tail.strip()[-400:] or None,
+            hint="build the image anew with `make image`; `cortex doctor` checks the rest",
+        )
+    return cast(T, done)
 
 
 class BringUp:
     """One bring-up, or the taking over of a sandbox that outlived the last broker."""
 
-    def __init__(self, runtime: Runtime, subject: Subject, timeline: Timeline) -> None:
+    def __init__(self, runtime: Runtime, subject: Subject, timeline: Timeline, pool: Takes = NO_POOL) -> None:
         self.runtime = runtime
+        self.pool = pool
         self.subject = subject
         self.timeline = timeline
         self.sandbox: Sandbox | None = None
 
     async def run(self, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
-        """Cold start. Raises ``CortexError``; then the caller puts the sandbox away."""
+        """From a warm sandbox, else a cold start. Raises ``CortexError``; then the caller puts the sandbox away."""
         return await self._bounded(self._run(incarnation, generation, cached))
 
     async def readopt(self, box: Sandbox, generation: int, cached: Assembled | None) -> Prepared:
@@ -123,6 +166,66 @@ class BringUp:
 
     async def _run(self, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
         first = cached or await self._assemble(None)
+        return await self._warm(first, generation, cached) or await self._cold(first, incarnation, generation, cached)
+
+    async def _warm(self, first: Assembled, generation: int, cached: Assembled | None) -> Prepared | None:
+        """From the pool; None when it has none, or when that one was lost on the way and is put away."""
+        runtime = self.runtime
+        boot = boot_hash(runtime.installation_key, first.config, runtime.image)
+        box = self.pool.take(self.subject.agent, boot)
+        if box is None:
+            return None
+        self.sandbox = box
+        self.subject.on_placed(box)
+        try:
+            latest = await self._claim(box, first, generation, cached)
+        except CortexError as error:
+            log.warning("claim_failed", session=self.subject.session_id, slot=box.slot.id, error=str(error))
+            POOL_CLAIMS.labels("generic", "failed").inc()
+            with self.timeline.stage("put_away"):
+                await box.put_away(grace_s=0)
+            self.sandbox = None
+            return None
+        self.timeline.path = "generic_warm"
+        return latest
+
+    async def _claim(self, box: Sandbox, first: Assembled, generation: int, cached: Assembled | None) -> Prepared:
+        claim = Claim(box, self.subject.owner, on_status=self.subject.on_status, on_lost=self._lost)
+        home = self.runtime.home_of(box.slot)
+
+        async def make() -> Prepared:
+            early, _ = await both(
+                prepare(self.runtime, self.subject, first, home), claim.take_over(first, self.timeline)
+            )
+            with self.timeline.stage("bind"):
+                await claim.bind(early.wanted, generation)
+            with self.timeline.stage("agent"):
+                await box.agent_ready()
+            return early
+
+        async def work() -> Prepared:
+            early, fresh = await both(make(), self._refresh(cached))
+            return await self._newer(box, early, fresh, generation)
+
+        return await or_exit(box, work(), "while it was claimed")
+
+    async def _newer(self, box: Sandbox, early: Prepared, fresh: Assembled | None, generation: int) -> Prepared:
+        """Gives it what the sources say now, where that is another configuration than the cached one."""
+        if fresh is None:
+            return early
+        latest = await prepare(self.runtime, self.subject, fresh, self.runtime.home_of(box.slot))
+        await box.tell_gateway(fresh)
+        if box.differing(latest.wanted):
+            await self._settle(box, latest, generation)
+        return latest
+
+    async def _cold(self, first: Assembled, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
+        with self.pool.yielding():
+            latest = await self._start(first, incarnation, generation, cached)
+        POOL_CLAIMS.labels("cold", "hit").inc()
+        return latest
+
+    async def _start(self, first: Assembled, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
         with self.timeline.stage("place"):
             box = await self._place(incarnation)
         home = self.runtime.home_of(box.slot)
@@ -135,7 +238,7 @@ class BringUp:
         if fresh is not None:
             latest = await prepare(self.runtime, self.subject, fresh, home)
             await box.tell_gateway(fresh)
-        await self._or_exit(box, self._settle(box, latest, generation), "before it was ready")
+        await or_exit(box, self._settle(box, latest, generation), "before it was ready")
         return latest
 
     async def _readopt(self, box: Sandbox, generation: int, cached: Assembled | None) -> Prepared:
@@ -145,7 +248,8 @@ class BringUp:
         await self._gateway(box, assembled)
         # What it was made with is not known any more; what it would be made with now is the best guess.
         box.boot_hash = prepared.wanted.hashes["boot"]
-        await self._or_exit(box, self._settle(box, prepared, generation), "before it was taken over")
+        claim = box.unfinished_claim()
+        await or_exit(box, self._settle(box, prepared, generation, claim), "before it was taken over")
         return prepared
 
     async def _place(self, incarnation: int) -> Sandbox:
@@ -156,12 +260,10 @@ class BringUp:
             slots.adopt_home(slot.id, key)
             box = place(
                 self.runtime,
-                self.subject.user,
-                self.subject.workspace,
-                self.subject.session_id,
-                key,
+                self.subject.owner,
                 slot,
                 incarnation,
+                agent=self.subject.agent,
                 welcomed=False,
                 on_status=self.subject.on_status,
                 on_lost=self._lost,
@@ -198,21 +300,12 @@ class BringUp:
     async def _hello(self, box: Sandbox) -> None:
         timeout = self.runtime.config().sandbox.hello_timeout_s
         with self.timeline.stage("hello"):
-            await self._or_exit(box, box.link.wait_hello(timeout), "before its agent server said hello")
+            await or_exit(box, box.link.wait_hello(timeout), "before its agent server said hello")
 
-    async def _settle(self, box: Sandbox, prepared: Prepared, generation: int) -> None:
+    async def _settle(
+        self, box: Sandbox, prepared: Prepared, generation: int, claim: Mapping[str, Any] | None = None
+    ) -> None:
         with self.timeline.stage("bind"):
-            await box.bind(prepared.wanted, generation)
+            await box.bind(prepared.wanted, generation, claim)
         with self.timeline.stage("agent"):
             await box.agent_ready()
-
-    async def _or_exit(self, box: Sandbox, work: Coroutine[Any, Any, T], when: str) -> None:
-        """Does ``work``; the sandbox's end meanwhile tells more, and sooner, than a deadline would."""
-        exited, _ = await first_of(self.runtime.driver.wait(box.ref), work)
-        if exited is not None:
-            raise CortexError(
-                Code.SANDBOX_DIED,
-                f"the sandbox {how_ended(exited)} {when}",
-                cause=exited.tail.strip()[-400:] or None,
-                hint="build the image anew with `make image`; `cortex doctor` checks the rest",
-            )

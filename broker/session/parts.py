@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker.config import AgentConfig, Config
-from broker.session.fingerprint import fingerprints
+from broker.session.fingerprint import fingerprint, fingerprints
 from broker.session.sections import SandboxConfig
 from sandbox_agent.wire.messages import AgentSpec
 
@@ -55,11 +55,26 @@ def agent_spec(name: str, agent: AgentConfig, user: SandboxConfig, *, home: str,
         command=command,
         env=env,
         files=dict(agent.files),
-        cwd=f"{home}/{user.workspace.path}",
+        # An agent that outlives a change of its home stands in neither of them.
+        cwd="/" if agent.prewarm == "agent" else workspace_of(home, user),
         init_timeout_s=init_timeout_s,
         max_restarts=agent.max_restarts,
         live_mcp=agent.live_mcp,
     )
+
+
+def workspace_of(home: str, user: SandboxConfig) -> str:
+    """The workspace's directory in the sandbox."""
+    return f"{home}/{user.workspace.path}"
+
+
+def boot_hash(key: bytes, user: SandboxConfig, image: str) -> str:
+    """Hash of what a sandbox is made with; ``image``: what the driver runs sandboxes from."""
+    return fingerprint(key, "boot", _boot(user, image))
+
+
+def _boot(user: SandboxConfig, image: str) -> dict[str, Any]:
+    return {"image": image, "limits": user.limits.model_dump(), "plugins": user.plugins.model_dump(mode="json")}
 
 
 def wanted(
@@ -71,24 +86,23 @@ def wanted(
     home: str,
     image: str,
     mcp: Sequence[Mapping[str, Any]],
+    generic: bool = False,
 ) -> Wanted:
-    """All parts for a session. ``mcp``: the servers that can be started now, as ACP objects; ``image``:
-    what the driver runs sandboxes from."""
+    """All parts for a session, or for a warm sandbox that is nobody's (``generic``). ``mcp``: the servers that can
+    be started now, as ACP objects; ``image``: what the driver runs sandboxes from."""
     spec = agent_spec(
         agent_name, config.agents[agent_name], user, home=home, init_timeout_s=config.session.agent_init_timeout_s
     )
     values: dict[str, Any] = {
-        "boot": {
-            "image": image,
-            "limits": user.limits.model_dump(),
-            "plugins": user.plugins.model_dump(mode="json"),
-        },
+        "boot": _boot(user, image),
         "process": spec.encode(),
         "mcp": [dict(server) for server in mcp],
         "settings": {
             "allow_client_mcp": user.settings.allow_client_mcp,
             "permission_policy": user.settings.permission_policy,
-            "workspace": spec.cwd,
+            "workspace": workspace_of(home, user),
+            "open_ahead": config.agents[agent_name].open_ahead
+            in (("new", "any") if generic else ("own", "new", "any")),
         },
     }
     return Wanted(spec, values, fingerprints(key, values), tuple(config.agents[agent_name].command))

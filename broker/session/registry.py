@@ -19,9 +19,10 @@ from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
 from broker.sandbox.reconcile import Adopted
 from broker.sandbox.slots import home_key
+from broker.session.claim import NO_POOL, Takes
 from broker.session.directory import Directory
 from broker.session.port import Applied, SessionPort
-from broker.session.sandbox import Runtime, Sandbox, place
+from broker.session.sandbox import Owner, Runtime, Sandbox, place
 from broker.session.session import Session
 from broker.store.sessions import SessionRow
 
@@ -44,10 +45,17 @@ def check_name(kind: str, name: str) -> None:
 
 
 class Registry:
-    """``clock`` gives seconds since the epoch."""
+    """``clock`` gives seconds since the epoch; ``pool`` has warm sandboxes for those who come."""
 
-    def __init__(self, runtime: Runtime, directory: Directory, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        clock: Callable[[], float] = time.time,
+        pool: Takes = NO_POOL,
+    ) -> None:
         self._runtime = runtime
+        self._pool = pool
         self._directory = directory
         self._clock = clock
         self._sessions: dict[Key, Session] = {}
@@ -140,7 +148,7 @@ class Registry:
                 f"the session's agent {row.agent!r} is no longer configured",
                 hint=f"put [agents.{row.agent}] back into config.toml, or delete the session",
             )
-        session = Session(self._runtime, row, self._clock)
+        session = Session(self._runtime, row, self._clock, self._pool)
         self._sessions[row.user, row.workspace] = session
         return session
 
@@ -230,17 +238,16 @@ class Registry:
         box: Sandbox | None = None
         box = place(
             self._runtime,
-            record.user,
-            record.workspace,
-            session.id,
-            home_key(record.user, record.workspace),
+            Owner(record.user, record.workspace, session.id, home_key(record.user, record.workspace)),
             adopted.slot,
             record.incarnation,
+            agent=session.agent,
             welcomed=True,
             on_status=session.on_status,
             on_lost=lambda reason: session.on_lost(box, reason) if box else None,
         )
         box.ref = adopted.found.ref
+        box.paused = adopted.found.liveness == "paused"
         return box
 
     async def _put_away(self, adopted: Adopted) -> None:

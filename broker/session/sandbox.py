@@ -8,15 +8,15 @@ is known to be dead and the gateway no longer serves its slot.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import structlog
 
-from broker.config import Config
+from broker.config import AgentConfig, Config
 from broker.errors import Code, CortexError
-from broker.gateway.link import GatewayLink
+from broker.gateway.link import Egress, GatewayLink
 from broker.metrics import STATE_WRITES
 from broker.sandbox.driver import EGRESS_PORT, GATEWAY_PORT, HOME_DIR, Exit, SandboxDriver, SandboxSpec
 from broker.sandbox.journal_files import JournalFiles
@@ -27,7 +27,7 @@ from broker.session.assembly import Assembled, Assembler
 from broker.session.fingerprint import changed, fingerprint
 from broker.session.parts import BOUND, KINDS, Wanted
 from broker.session.providers import Credentials, egress_for, providers_for
-from broker.store.sessions import SandboxRow, SessionStore
+from broker.store.sessions import WARM, SandboxRow, SessionStore
 from sandbox_agent.wire.messages import Bound, Hello, Status, Welcome
 
 log = structlog.get_logger(__name__)
@@ -59,24 +59,43 @@ class Runtime:
         return HOME_DIR if self.driver.isolated else str(slot.home_dir)
 
 
-@dataclass
-class Sandbox:
-    """See the module. ``home_key`` names the home that is in its slot; times are seconds."""
+@dataclass(frozen=True)
+class Owner:
+    """Whose a sandbox is. ``home_key`` names the home that is, or may be, in its slot; "": none."""
 
-    runtime: Runtime
     user: str
     workspace: str
     session_id: str
     home_key: str
+
+
+NOBODY = Owner("", "", "", "")
+"""Of a warm sandbox."""
+
+
+@dataclass
+class Sandbox:
+    """See the module. Times are seconds."""
+
+    runtime: Runtime
+    owner: Owner
     slot: Slot
     incarnation: int
     sockets: SlotSockets
     link: Link
     on_status: Callable[[Status], None]
+    on_lost: Callable[[str], None]
+    """Like ``on_status`` another's after a claim."""
     ref: str = ""
+    agent: str = ""
+    """Name of the agent that it was made for."""
+    paused: bool = False
+    """Its processes stand still; whoever wants something of it resumes it first."""
     asked: bool = False
     """The engine was asked for a container; it may exist though no ``ref`` came back."""
     boot_hash: str = ""
+    recipe: str = ""
+    """Of a warm one: what it was made with, see ``session.warm``."""
     pss_bytes: int = 0
     """The agent server's own memory when it was last asked."""
     gateway_hash: str = ""
@@ -101,6 +120,7 @@ class Sandbox:
         """The link is gone for good."""
         self.lost = reason or "lost"
         self.ready.set()
+        self.on_lost(self.lost)
 
     @property
     def failed(self) -> CortexError | None:
@@ -131,10 +151,11 @@ class Sandbox:
         return Welcome(
             incarnation=self.incarnation,
             secret=b"",
-            session=self.session_id,
+            session=self.owner.session_id,
             agent_spec=spec,
             agent_hash=self.wanted.hashes["process"] if spec and self.wanted else "",
             home=self.runtime.home_of(self.slot),
+            credentials_dir=self.runtime.driver.credentials_dir(self.slot.id, self.incarnation),
             gateway_port=GATEWAY_PORT if self.runtime.driver.isolated else 0,
             egress_port=EGRESS_PORT if self.runtime.driver.isolated else 0,
             streams=config.sandbox.streams,
@@ -155,6 +176,14 @@ class Sandbox:
             status = self.status
             if status is not None and status.agent == "ready":
                 return
+            self.ready.clear()
+            await self.ready.wait()
+
+    async def opened_ahead(self) -> None:
+        """Returns when the conversation that is opened ahead is there, or will not be. Raises as ``agent_ready``."""
+        while self.status is None or self.status.ahead in ("", "opening"):
+            if self.failed is not None:
+                raise self.failed
             self.ready.clear()
             await self.ready.wait()
 
@@ -182,37 +211,52 @@ class Sandbox:
         """The bound parts that the sandbox does not have."""
         return changed(self.applied, wanted.bound_hashes)
 
-    async def bind(self, wanted: Wanted, generation: int) -> Bound | None:
-        """Sends the parts that differ, in one message; None when all are equal and nothing was sent."""
-        parts = self.differing(wanted)
+    async def bind(self, wanted: Wanted, generation: int, claim: Mapping[str, Any] | None = None) -> Bound | None:
+        """Sends the parts that differ, in one message; None when all are equal and nothing was sent.
+
+        ``claim``: the part of that name, which makes a warm sandbox that of its session.
+        """
+        names = self.differing(wanted)
         for name in BOUND:
-            STATE_WRITES.labels(KINDS[name], "written" if name in parts else "skipped").inc()
+            STATE_WRITES.labels(KINDS[name], "written" if name in names else "skipped").inc()
+        parts = {name: wanted.values[name] for name in names}
+        hashes = {name: wanted.hashes[name] for name in names}
+        if claim is not None:
+            parts["claim"], hashes["claim"] = dict(claim), self.owner.session_id
         if not parts:
             return None
-        bound = await self.link.bind(
-            {name: wanted.values[name] for name in parts},
-            {name: wanted.hashes[name] for name in parts},
-            generation,
-            timeout=self.runtime.config().session.bind_timeout_s,
-        )
+        bound = await self.link.bind(parts, hashes, generation, timeout=self.runtime.config().session.bind_timeout_s)
         self.applied = dict(bound.applied)
+        if "process" in names or (claim and claim["restart"]):
+            # What it said last may be of the agent that is on its way out.
+            await self.link.probe()
         return bound
+
+    def unfinished_claim(self) -> dict[str, Any] | None:
+        """The part that makes it its session's, when the broker was killed before it could be told."""
+        if self.applied.get("claim") == self.owner.session_id:
+            return None
+        return claim_part(self.owner.session_id, self.runtime.config().agents[self.agent], moved=True)
 
     async def tell_gateway(self, assembled: Assembled) -> bool:
         """Says whose the slot is and what it may reach; False when the gateway knows that already."""
         config = self.runtime.config()
-        providers = await providers_for(config, self.runtime.credentials, self.user, assembled.config.providers)
+        providers = await providers_for(config, self.runtime.credentials, self.owner.user, assembled.config.providers)
         egress = egress_for(config, assembled.config)
         told = {"providers": {name: asdict(entry) for name, entry in providers.items()}, "egress": asdict(egress)}
         digest = fingerprint(self.runtime.installation_key, "gateway", told)
         if self.gateway_hash == digest:
             return False
-        identity = {"user": self.user, "workspace": self.workspace, "session": self.session_id}
+        identity = {"user": self.owner.user, "workspace": self.owner.workspace, "session": self.owner.session_id}
         await self.runtime.gateway.put_slot(
             self.slot.id, self.incarnation, identity, providers, egress, self.sockets.fds
         )
         self.gateway_hash = digest
         return True
+
+    async def tell_gateway_unclaimed(self) -> None:
+        """Has the gateway answer for the slot, that it is nobody's."""
+        await self.runtime.gateway.put_slot(self.slot.id, self.incarnation, None, {}, Egress(), self.sockets.fds)
 
     # -- the engine ----------------------------------------------------------------------------
 
@@ -230,7 +274,7 @@ class Sandbox:
             packages_dir=self.runtime.slots.packages_dir,
             uid=self.runtime.slots.uid,
             commands=wanted.program,
-            labels={"cortex.session": self.session_id},
+            labels={"cortex.session": self.owner.session_id},
             memory_bytes=limits.memory_bytes,
             cpus=limits.cpus,
             pids=limits.pids,
@@ -239,6 +283,17 @@ class Sandbox:
         self.ref = await self.runtime.driver.create(spec)
         await self._save_row()
         await self.runtime.driver.start(self.ref)
+
+    async def pause(self) -> None:
+        """Lets none of its processes run. Raises ``CortexError``."""
+        await self.runtime.driver.pause(self.ref)
+        self.paused = True
+
+    async def resume(self) -> None:
+        """Lets them go on; nothing when they do. Raises ``CortexError``."""
+        if self.paused:
+            await self.runtime.driver.resume(self.ref)
+            self.paused = False
 
     async def _save_row(self) -> None:
         await self.runtime.store.sandbox_save(self.row())
@@ -250,11 +305,13 @@ class Sandbox:
             incarnation=self.incarnation,
             driver=self.runtime.driver.name,
             ref=self.ref,
-            user=self.user,
-            workspace=self.workspace,
-            role="session",
+            user=self.owner.user,
+            workspace=self.owner.workspace,
+            role="session" if self.owner.user else WARM,
             welcomed=False,
             created_at=0.0,
+            agent=self.agent,
+            boot=self.boot_hash,
         )
 
     async def put_away(self, *, grace_s: float) -> None:
@@ -265,7 +322,9 @@ class Sandbox:
         A gateway that does not answer cannot keep a home in: its listeners are closed here and it is
         told again when it comes back.
         """
-        await self.link.stop(grace_s)
+        if grace_s > 0:
+            await self.resume()
+            await self.link.stop(grace_s)
         await self.link.close("the sandbox is stopped")
         try:
             await self._end(grace_s)
@@ -273,7 +332,8 @@ class Sandbox:
             await self._cut_off()
             raise
         await self._cut_off()
-        self.runtime.slots.release_home(self.slot.id, self.home_key)
+        if self.owner.home_key:
+            self.runtime.slots.release_home(self.slot.id, self.owner.home_key)
         await self.runtime.slots.remove(self.slot.id)
         await self.runtime.store.sandbox_delete(self.slot.id)
 
@@ -316,20 +376,20 @@ class Sandbox:
 
 def place(
     runtime: Runtime,
-    user: str,
-    workspace: str,
-    session_id: str,
-    home_key: str,
+    owner: Owner,
     slot: Slot,
     incarnation: int,
     *,
+    agent: str,
     welcomed: bool,
     on_status: Callable[[Status], None],
     on_lost: Callable[[str], None],
 ) -> Sandbox:
-    """Opens the slot's sockets and a link on them; nothing runs yet. Raises ``CortexError``."""
-    config = runtime.config().session
-    journal = JournalFiles(runtime.slots.journal_dir(home_key), keep=config.journal_segments)
+    """Opens the slot's sockets and a link on them; nothing runs yet. Raises ``CortexError``.
+
+    One of ``NOBODY`` has no journal before it is claimed.
+    """
+    journal = journal_of(runtime, owner.home_key) if owner.home_key else None
     sockets = SlotSockets(slot, gid=runtime.slots.gid)
     sockets.open()
     box: Sandbox | None = None
@@ -345,7 +405,6 @@ def place(
     def lost(reason: str) -> None:
         if box is not None:
             box.lose(reason)
-        on_lost(reason)
 
     link = Link(
         sockets,
@@ -357,9 +416,24 @@ def place(
         journal=journal,
         welcomed=welcomed,
     )
-    box = Sandbox(runtime, user, workspace, session_id, home_key, slot, incarnation, sockets, link, on_status)
+    box = Sandbox(runtime, owner, slot, incarnation, sockets, link, on_status, on_lost, agent=agent)
     link.start()
     return box
+
+
+def journal_of(runtime: Runtime, home_key: str) -> JournalFiles:
+    """The journal that belongs to a home. Raises ``CortexError``."""
+    return JournalFiles(runtime.slots.journal_dir(home_key), keep=runtime.config().session.journal_segments)
+
+
+def claim_part(session_id: str, agent: AgentConfig, *, moved: bool) -> dict[str, Any]:
+    """Part ``claim`` of a bind. ``moved``: a home was moved into the sandbox, or may have been."""
+    return {
+        "session": session_id,
+        "moved": moved,
+        "restart": moved and agent.prewarm == "server",
+        "keep_ahead": agent.open_ahead == "any" or (agent.open_ahead == "new" and not moved),
+    }
 
 
 def how_ended(exit_: Exit) -> str:

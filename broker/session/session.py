@@ -21,6 +21,7 @@ from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner, first_of
 from broker.metrics import CONFIG_ASSEMBLY, SESSIONS
 from broker.session.bringup import BringUp, Prepared, Subject
+from broker.session.claim import NO_POOL, Takes
 from broker.session.clients import Clients
 from broker.session.configuration import Configuration
 from broker.session.custody import Custody
@@ -43,13 +44,16 @@ SLACK_S = 5.0
 class Session:
     """See the module. ``row`` is what the store holds; ``clock`` gives seconds since the epoch."""
 
-    def __init__(self, runtime: Runtime, row: SessionRow, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, runtime: Runtime, row: SessionRow, clock: Callable[[], float] = time.time, pool: Takes = NO_POOL
+    ) -> None:
         self.id = row.id
         self.user = row.user
         self.workspace = row.workspace
         self.agent = row.agent
         self._protocol = runtime.config().agents[row.agent].protocol
         self._runtime = runtime
+        self._pool = pool
         self._clock = clock
         self._row = row
         self._state: State = "stopped"
@@ -220,7 +224,7 @@ class Session:
     def _new_bringup(self, path: str) -> BringUp:
         timeline = Timeline(self._runtime.driver.name, path=path)
         self._timelines.appendleft(timeline)
-        self._bringup = BringUp(self._runtime, self._subject, timeline)
+        self._bringup = BringUp(self._runtime, self._subject, timeline, self._pool)
         return self._bringup
 
     async def _start(self, bringup: BringUp) -> Prepared:

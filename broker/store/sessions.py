@@ -49,6 +49,9 @@ class SandboxRow:
     boot: str = ""
 
 
+WARM = "warm"
+"""Role of a sandbox that is nobody's yet."""
+
 _SESSION = tuple(item.name for item in fields(SessionRow))
 _SANDBOX = tuple(item.name for item in fields(SandboxRow))
 _SESSION_COLUMNS = ", ".join(_SESSION)

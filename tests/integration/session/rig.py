@@ -7,8 +7,9 @@ import json
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from os import geteuid
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +27,10 @@ from broker.session.assembly import Assembler
 from broker.session.directory import Solo
 from broker.session.providers import BuilderNetwork, FileCredentials
 from broker.session.registry import Registry
-from broker.session.sandbox import Runtime
+from broker.session.sandbox import Runtime, Sandbox
 from broker.session.session import Session
 from broker.session.sources import StoreSource
+from broker.session.warm import WarmMaker
 from broker.store.db import Database
 from broker.store.packages import PackageStore
 from broker.store.sessions import SessionStore
@@ -112,13 +114,23 @@ class Client:
         self.holding = False
         self.holds = 0
         self.closed: tuple[int, str] | None = None
+        self.spoke_at = time.monotonic()
+        self.on_speech: Callable[[], None] | None = None
 
-    def hold(self) -> None:
+    def hold(self, on_speech: Callable[[], None] | None = None) -> None:
         self.holding = True
         self.holds += 1
+        self.on_speech = on_speech or self.on_speech
 
     def release(self) -> None:
         self.holding = False
+        self.on_speech = None
+
+    def speak(self) -> None:
+        """It has something for the agent."""
+        self.spoke_at = time.monotonic()
+        if self.on_speech is not None:
+            self.on_speech()
 
     def notify(self, message: bytes) -> None:
         json.loads(message)
@@ -129,6 +141,26 @@ class Client:
     @property
     def attach(self) -> Attach:
         return Attach(connection=self.connection, protocol="acp")
+
+
+class Shelf:
+    """Warm sandboxes that a test has made; handed out as ``session.pool`` does, oldest first."""
+
+    def __init__(self) -> None:
+        self.boxes: list[Sandbox] = []
+        self.cold = 0
+
+    def take(self, agent: str, boot: str) -> Sandbox | None:
+        fit = [box for box in self.boxes if (box.agent, box.boot_hash) == (agent, boot)]
+        if not fit:
+            return None
+        self.boxes.remove(fit[0])
+        return fit[0]
+
+    @contextmanager
+    def yielding(self) -> Iterator[None]:
+        self.cold += 1
+        yield
 
 
 class Rig:
@@ -176,7 +208,15 @@ class Rig:
             installation_key=KEY,
             image="fake",
         )
-        self.registry = Registry(self.runtime, Solo("n1"), self.clock)
+        self.warmer = WarmMaker(self.runtime)
+        self.pool = Shelf()
+        self.registry = Registry(self.runtime, Solo("n1"), self.clock, self.pool)
+
+    async def warm(self, agent: str = "demo") -> Sandbox:
+        """One more warm sandbox."""
+        box = await self.warmer.make(agent, lambda box, reason: self.pool.boxes.remove(box))
+        self.pool.boxes.append(box)
+        return box
 
     def configure(self, changes: dict[str, Any]) -> None:
         self.tree = merged(self.tree, changes)
@@ -219,13 +259,18 @@ class Rig:
         )
         for adopted in outcome.adopted:
             try:
-                await self.registry.adopt(adopted)
+                if adopted.record.role == "warm":
+                    self.pool.boxes.append(await self.warmer.adopt(adopted, lambda box, reason: None))
+                else:
+                    await self.registry.adopt(adopted)
             except CortexError as error:
                 outcome.failed[adopted.slot.id] = str(error)
         return outcome
 
     async def let_go(self) -> None:
         await self.registry.close()
+        for box in self.pool.boxes:
+            await box.let_go()
         await self.shelf.close()
 
     async def close(self) -> None:

@@ -1,0 +1,94 @@
+"""A claim: a warm sandbox that was nobody's becomes a session's.
+
+    row (durable, fenced) ─► home ──┐
+    gateway ────────────────────────┼─► bind
+    resume ─────────────────────────┘
+
+Whose it is is durable before anything of theirs comes near it, and the gateway serves them before the
+sandbox is told. A claim that fails is put away like any sandbox: the home goes back to rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Protocol
+
+from broker.errors import Code, CortexError
+from broker.host.tasks import together
+from broker.session.assembly import Assembled
+from broker.session.parts import Wanted
+from broker.session.sandbox import Owner, Sandbox, claim_part, journal_of
+from broker.session.timeline import Timeline
+from sandbox_agent.wire.messages import Status
+
+TAKE_OVER_S = 3.0
+"""Longest that a claim may take until the bind; a cold start is the better bet then."""
+
+
+class Takes(Protocol):
+    """What a bring-up asks of the pool (``session.pool``)."""
+
+    def take(self, agent: str, boot: str) -> Sandbox | None:
+        """A warm sandbox of ``agent`` made with ``boot``, handed out this once; None when there is none. No I/O."""
+
+    def yielding(self) -> AbstractContextManager[None]:
+        """Around a cold start of a user's: the pool makes none meanwhile."""
+
+
+class _NoPool:
+    def take(self, agent: str, boot: str) -> Sandbox | None:
+        return None
+
+    def yielding(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+NO_POOL: Takes = _NoPool()
+
+
+class Claim:
+    """One claim of ``box``, which the pool has handed out; ``box.put_away`` undoes it, whatever was reached."""
+
+    def __init__(
+        self, box: Sandbox, owner: Owner, *, on_status: Callable[[Status], None], on_lost: Callable[[str], None]
+    ) -> None:
+        self._box = box
+        self._owner = owner
+        self._moved = False
+        box.owner = replace(owner, home_key="")
+        box.on_status, box.on_lost = on_status, on_lost
+
+    async def take_over(self, assembled: Assembled, timeline: Timeline) -> None:
+        """Row, home, journal and gateway are the owner's when it returns. Raises ``CortexError``."""
+        box = self._box
+        if box.failed is not None:
+            raise box.failed
+        try:
+            async with asyncio.timeout(TAKE_OVER_S):
+                with timeline.stage("claim"):
+                    await together(self._own(), box.tell_gateway(assembled), box.resume())
+        except TimeoutError as error:
+            raise CortexError(
+                Code.BRINGUP_TIMEOUT,
+                f"the warm sandbox in slot {box.slot.id} was not taken over in {TAKE_OVER_S:g} s",
+                hint="a cold start follows; look at the load of host and engine",
+            ) from error
+
+    async def _own(self) -> None:
+        box, owner, runtime = self._box, self._owner, self._box.runtime
+        if not await runtime.store.sandbox_claim(box.slot.id, box.incarnation, owner.user, owner.workspace):
+            raise CortexError(
+                Code.SESSION_CONFLICT, f"slot {box.slot.id} is not to be claimed", hint="a cold start follows"
+            )
+        box.owner = owner
+        self._moved = runtime.slots.adopt_home(box.slot.id, owner.home_key)
+        box.link.journal = journal_of(runtime, owner.home_key)
+
+    async def bind(self, wanted: Wanted, generation: int) -> None:
+        """Tells the agent server, with the parts that differ. Raises ``CortexError``."""
+        box = self._box
+        agent = box.runtime.config().agents[box.agent]
+        await box.bind(wanted, generation, claim_part(self._owner.session_id, agent, moved=self._moved))
