@@ -87,6 +87,8 @@ class Server:
             raw_clients=lambda: self.raw.count,
         )
         self.binder = Binder(home=booted.surroundings.home, hub=self.hub, process=self.process)
+        if welcome.session:
+            self.binder.applied["claim"] = welcome.session
         self.streams = Streams(path, secret=welcome.secret, count=welcome.streams, serve=self._attached)
         self.control = Control(
             path,
@@ -274,6 +276,6 @@ class Server:
                 info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if info is None or info.si_pid == self.process.pid:
+            if info is None or self.process.owns(info.si_pid):
                 return
             os.waitpid(info.si_pid, os.WNOHANG)
