@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +91,16 @@ class TurnClient:
         self._may_send.set()
         self._closed: CortexError | None = None
 
-    def hold(self) -> None:
+    @property
+    def spoke_at(self) -> float:
+        """See ``AttachedClient``. It is here for its turn alone, and says something, or waits, all the time."""
+        return time.monotonic()
+
+    def hold(self, on_speech: Callable[[], None] | None = None) -> None:
         """See ``AttachedClient``."""
         self._may_send.clear()
+        if on_speech is not None:
+            on_speech()
 
     def release(self) -> None:
         """See ``AttachedClient``."""

@@ -50,6 +50,7 @@ class Relay:
         self._agent_lost = False
         self._held = bytearray()
         self._holding = False
+        self._on_speech: Callable[[], None] | None = None
         self._passing = False
         self._inserts = Inserts()
         self._agent_pinged = False
@@ -126,13 +127,22 @@ class Relay:
 
     # What a session does (AttachedClient).
 
-    def hold(self) -> None:
+    @property
+    def spoke_at(self) -> float:
+        self._count()
+        return self._traffic.spoke_at
+
+    def hold(self, on_speech: Callable[[], None] | None = None) -> None:
         self._holding = True
+        self._on_speech = on_speech or self._on_speech
         self._passing = self._passing and self._up.remaining > 0
         self._replan()
+        if self._held:
+            self._spoken()
 
     def release(self) -> None:
         self._holding = False
+        self._on_speech = None
         if self._tied:
             self._pass_on()
         self.pace()
@@ -221,10 +231,18 @@ class Relay:
     def _to_agent(self, piece: bytes | memoryview) -> None:
         if self._closing or not piece:
             return
+        if self._on_speech is not None:
+            self._spoken()
         if self._passing and self._agent is not None:
             self._agent.write(piece)
         else:
             self._held += piece
+
+    def _spoken(self) -> None:
+        """Whoever holds the client hears of it once. The fast path is off during a hold, so all comes by here."""
+        heard, self._on_speech = self._on_speech, None
+        if heard is not None:
+            heard()
 
     def _pass_on(self) -> None:
         self._passing = True

@@ -14,15 +14,28 @@ _KNOWN |= {4400, 4401, 4403, 4408, 4409, 4429}
 
 
 class Traffic:
-    """``agent`` labels the time to first frame. ``timed_client``, ``timed_agent``: its two ends are seen."""
+    """``agent`` labels the time to first frame. ``timed_client``, ``timed_agent``: its two ends are seen.
 
-    __slots__ = ("_agent", "_asked_at", "_counted", "_frames_before", "_open", "timed_agent", "timed_client")
+    ``spoke_at``: when the last ``count`` found that the client had begun a data frame, monotonic.
+    """
+
+    __slots__ = (
+        "_agent",
+        "_asked_at",
+        "_counted",
+        "_frames_before",
+        "_open",
+        "spoke_at",
+        "timed_agent",
+        "timed_client",
+    )
 
     def __init__(self, agent: str) -> None:
         self._agent = agent
         self._asked_at = 0.0
         self._frames_before = 0
         self._counted = (0, 0, 0, 0)
+        self.spoke_at = time.monotonic()
         self.timed_client = False
         self.timed_agent = False
         self._open = False
@@ -51,6 +64,8 @@ class Traffic:
     def count(self, *, up: tuple[int, int], down: tuple[int, int]) -> None:
         """``up``, ``down``: frames and bytes so far, to the agent and to the client."""
         now = (*up, *down)
+        if up[0] != self._counted[0]:
+            self.spoke_at = time.monotonic()
         for counter, new, old in zip(
             (_FRAMES_UP, _BYTES_UP, _FRAMES_DOWN, _BYTES_DOWN), now, self._counted, strict=True
         ):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,8 +20,13 @@ class AttachedClient(Protocol):
 
     connection: str
 
-    def hold(self) -> None:
-        """Stops forwarding the client's frames at the next frame boundary."""
+    @property
+    def spoke_at(self) -> float:
+        """When it last had something for the agent; monotonic seconds, true to a few."""
+
+    def hold(self, on_speech: Callable[[], None] | None = None) -> None:
+        """Stops forwarding the client's frames at the next frame boundary. ``on_speech`` is called once, when the
+        client has something for the agent meanwhile (pings are not)."""
 
     def release(self) -> None:
         """Forwards again, what was held first."""

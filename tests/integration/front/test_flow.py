@@ -144,6 +144,74 @@ async def test_a_hold_between_frames_is_at_once() -> None:
         assert [await stream.message(), await stream.message()] == [b"two", b"three"]
 
 
+async def test_a_client_that_is_held_is_heard_of_once_it_has_something_to_say() -> None:
+    async with house() as here, attached(here) as (client, stream):
+        client.send(masked(b"one"))
+        assert await stream.message() == b"one"
+        heard: list[str] = []
+        relay = here.session.clients[0]
+        relay.hold(lambda: heard.append("spoke"))
+        client.send(masked(b"p", PING) + masked(b"", PONG))
+        assert await client.frame() == (PONG, b"p")
+        assert heard == []
+        client.send(masked(b"two"))
+        client.send(masked(b"three"))
+        client.send(masked(b"q", PING))
+        assert await client.frame() == (PONG, b"q")
+        assert heard == ["spoke"]
+        relay.release()
+        assert [await stream.message(), await stream.message()] == [b"two", b"three"]
+        client.send(masked(b"four"))
+        assert await stream.message() == b"four"
+        assert heard == ["spoke"]
+
+
+async def test_the_rest_of_a_frame_is_something_to_say() -> None:
+    async with house() as here, attached(here) as (client, stream):
+        whole = masked(b"a" * 1000)
+        client.send(whole[:500])
+        assert await stream.read(500) == whole[:500]
+        heard: list[str] = []
+        here.session.clients[0].hold(lambda: heard.append("spoke"))
+        client.send(whole[500:])
+        assert await stream.read(508) == whole[500:]
+        assert heard == ["spoke"]
+
+
+async def test_what_was_said_before_a_hold_and_not_passed_on_is_heard_of_at_once() -> None:
+    async with house() as here:
+        here.session.ready.clear()
+        async with raw(here) as client:
+            await client.head()
+            client.send(masked(b"early") + masked(b"p", PING))
+            assert await client.frame() == (PONG, b"p")
+            heard: list[str] = []
+            relay = here.session.clients[0]
+            relay.hold(lambda: heard.append("spoke"))
+            assert heard == ["spoke"]
+            here.session.ready.set()
+            stream = await here.session.stream()
+            relay.release()
+            assert await stream.message() == b"early"
+            stream.close()
+
+
+async def test_pings_do_not_count_as_speech() -> None:
+    async with house() as here, attached(here) as (client, stream):
+        relay = here.session.clients[0]
+        client.send(masked(b"one"))
+        assert await stream.message() == b"one"
+        spoke = relay.spoke_at
+        client.send(masked(b"p", PING))
+        assert await client.frame() == (PONG, b"p")
+        stream.text(b"the agent speaks")
+        assert await client.frame() == (TEXT, b"the agent speaks")
+        assert relay.spoke_at == spoke
+        client.send(masked(b"two"))
+        assert await stream.message() == b"two"
+        assert relay.spoke_at > spoke
+
+
 async def test_what_a_leaving_client_said_during_a_hold_still_arrives() -> None:
     async with house() as here, attached(here) as (client, stream):
         here.session.clients[0].hold()

@@ -209,7 +209,9 @@ async def test_held_frames_wait_for_release(api: Api) -> None:
     async with asyncio.timeout(10):
         while not session.clients:
             await asyncio.sleep(0.001)
-        session.clients[0].hold()
+        heard: list[str] = []
+        session.clients[0].hold(lambda: heard.append("waits"))
+        assert heard
         session.gate.set()
         response = await request
         first = await response.content.readuntil(b"\n\n")

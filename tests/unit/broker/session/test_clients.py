@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from math import inf
 
 import pytest
 
@@ -12,13 +14,17 @@ class Client:
     def __init__(self, connection: str) -> None:
         self.connection = connection
         self.held = False
+        self.spoke_at = 1.0
+        self.on_speech: Callable[[], None] | None = None
         self.closed: list[tuple[int, str]] = []
 
-    def hold(self) -> None:
+    def hold(self, on_speech: Callable[[], None] | None = None) -> None:
         self.held = True
+        self.on_speech = on_speech or self.on_speech
 
     def release(self) -> None:
         self.held = False
+        self.on_speech = None
 
     def notify(self, message: bytes) -> None:
         raise AssertionError("not asked for")
@@ -87,3 +93,49 @@ async def test_nobody_is_held_longer_than_the_bound() -> None:
                 await asyncio.sleep(0.005)
         clients.add(late)
         assert not late.held
+
+
+async def test_while_the_sandbox_rests_their_first_word_is_heard() -> None:
+    clients, heard = Clients(lambda: 9), []
+    early, late = Client("1"), Client("2")
+    clients.add(early)
+    clients.rest(lambda: heard.append(1))
+    clients.add(late)
+    for client in (early, late):
+        assert client.held
+        assert client.on_speech is not None
+        client.on_speech()
+    assert heard == [1, 1]
+    with clients.held(10):
+        # The bind that follows a pause holds them too, and neither lets go of what the other holds.
+        assert early.on_speech is not None
+    assert early.held
+    with clients.held(10):
+        clients.rouse()
+        assert early.held
+    assert not early.held
+    assert not late.held
+    clients.rouse()
+
+
+def test_when_one_of_them_spoke_last() -> None:
+    clients = Clients(lambda: 9)
+    assert clients.spoke_at == -inf
+    one, two = Client("1"), Client("2")
+    clients.add(one)
+    clients.add(two)
+    two.spoke_at = 7.0
+    assert clients.spoke_at == 7.0
+
+
+def test_those_alone_can_be_closed_that_are_served() -> None:
+    clients = Clients(lambda: 9)
+    served, waiting = Client("1"), Client("2")
+    for client in (served, waiting):
+        clients.add(client)
+    clients.serve("1")
+    assert clients.close(1011, "it died", served=True) == 1
+    assert (len(served.closed), len(waiting.closed)) == (1, 0)
+    clients.discard(served)
+    clients.add(served)
+    assert clients.close(1011, "it died", served=True) == 0
