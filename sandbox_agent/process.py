@@ -89,6 +89,9 @@ class AgentProcess:
         self._up = False
         self._renew = False
         """The agent had failed for good; what is wanted now has all its restarts before it."""
+        self._at_once = False
+        """What runs was killed for what is wanted now; nobody waits for its death."""
+        self._dying: set[int] = set()
         self._stopping = False
         self._turns = 0
         self._policy = RestartPolicy(0)
@@ -128,6 +131,27 @@ class AgentProcess:
         self._renew = self._renew or self.state == "failed"
         self._set("restarting")
         return "now"
+
+    def restart(self) -> None:
+        """Kills what runs, at once, and starts what is wanted anew; for an agent that nobody has used."""
+        wanted = self._next or self.spec
+        if wanted is None:
+            return
+        self._next = wanted
+        self._at_once = self._child is not None
+        self._signal(signal.SIGKILL)
+        self._wake.set()
+        self._renew = self._renew or self.state == "failed"
+        self._set("restarting")
+
+    def owns(self, pid: int) -> bool:
+        """Whether its end is awaited here."""
+        return pid == self.pid or pid in self._dying
+
+    @property
+    def upcoming(self) -> AgentSpec | None:
+        """What runs, or will in its place."""
+        return self._next or self.spec
 
     def noticed(self) -> None:
         """The hub has changed."""
@@ -184,7 +208,7 @@ class AgentProcess:
         if child is None or spec is None:
             return
         loop = asyncio.get_running_loop()
-        self._exit, self._hung, begun = None, False, loop.time()
+        self._exit, self._hung, self._at_once, begun = None, False, False, loop.time()
         self.pid, self.port = child.pid, child.port
         self._policy.max_restarts = spec.max_restarts
         self._set("starting")
@@ -194,7 +218,11 @@ class AgentProcess:
         try:
             reason = await self._until_end(child, spec, stdio)
         finally:
-            watch.close()
+            if self._at_once and self._exit is None:
+                self._dying.add(child.pid)
+                watch.let_go(lambda _: self._dying.discard(child.pid))
+            else:
+                watch.close()
             stdio.finish()
             self._child, self.pid, self.port = None, 0, 0
         await self._after(spec, reason or self._exit_reason(stdio), loop.time() - begun, replaced=reason == "")
@@ -210,9 +238,10 @@ class AgentProcess:
         while self._exit is None:
             if self.state == "starting" and not self.websocket and self._hub.agent_info:
                 self._set("ready")
-            if self._next is not None and self.idle and not self._stopping:
+            if self._next is not None and (self.idle or self._at_once) and not self._stopping:
                 self._down("its configuration changed", final=False)  # first, so that no turn begins in the old one
-                await self._end(RESTART_GRACE_S)
+                if not self._at_once:
+                    await self._end(RESTART_GRACE_S)
                 return ""
             if self._hung:
                 await self._end(0)
@@ -353,6 +382,11 @@ class ExitWatch:
             self._loop.remove_reader(self._child.pidfd)
             os.close(self._child.pidfd)
             self._child.pidfd = -1
+
+    def let_go(self, on_exit: Callable[[int], None]) -> None:
+        """Tells somebody else."""
+        if self._on_exit is not None:
+            self._on_exit = on_exit
 
     def _wait(self) -> None:
         with contextlib.suppress(OSError, RuntimeError):  # gone already, or the loop is closed
