@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker.errors import Code, CortexError
-from broker.sandbox.driver import PACKAGES_DIR, SOCK_DIR, VOL_DIR
+from broker.sandbox.driver import CREDENTIALS_BYTES, CREDENTIALS_DIR, PACKAGES_DIR, SOCK_DIR, VOL_DIR
 
 TMP_BYTES = 512 * 2**20
 ROOT_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
@@ -27,6 +27,7 @@ ETC = (
 addresses tokens are kept."""
 _NEVER = tuple(map(Path, ("/", "/dev", "/etc", "/home", "/proc", "/root", "/run", "/sys", "/tmp", "/var", VOL_DIR)))
 _NEVER_BELOW = tuple(map(Path, ("/dev", "/proc", "/sys")))
+_GIVE = '/bin/chown "$1" "$2" && shift 2 && exec "$@"'
 _COVERED = ("/usr", *ROOT_LINKS)
 
 
@@ -189,9 +190,9 @@ class _Args:
         self.words += [kind, str(source), place]
         self._made.add(place)
 
-    def tmpfs(self, target: str, mode: str = "1777") -> None:
+    def tmpfs(self, target: str, mode: str = "1777", size: int = TMP_BYTES) -> None:
         self._parents(target)
-        self.words += ["--perms", mode, "--size", str(TMP_BYTES), "--tmpfs", target]
+        self.words += ["--perms", mode, "--size", str(size), "--tmpfs", target]
         self._made.add(target)
 
     def show(self, item: Shown) -> None:
@@ -239,6 +240,7 @@ def view_args(view: View) -> list[str]:
     args.tmpfs("/dev/shm")
     args.tmpfs("/tmp")
     args.tmpfs("/var/tmp")
+    args.tmpfs(CREDENTIALS_DIR, "0700", CREDENTIALS_BYTES)
     for item in view.shown:
         args.show(item)
     sealed = _hide(args, view.hidden) if view.hidden is not None else []
@@ -258,11 +260,13 @@ def _hide(args: _Args, state_dir: Path) -> list[str]:
 
 
 def isolation_args(uid: int, gid: int, *, root: bool) -> tuple[list[str], list[str]]:
-    """(namespaces and identity, command prefix). Root sheds uid, groups and all capabilities by setpriv."""
+    """(namespaces and identity, command prefix). Root gives the sandbox its tmpfs for credentials, which
+    bubblewrap has made root's, and sheds uid, groups and all capabilities by setpriv."""
     spaces = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     spaces += ["--hostname", "cortex", "--chdir", "/", "--cap-drop", "ALL"]
     if not root:
         return [*spaces, "--unshare-user", "--uid", str(uid), "--gid", str(gid)], []
-    keep = [word for name in ("SETUID", "SETGID", "SETPCAP") for word in ("--cap-add", f"CAP_{name}")]
+    keep = [word for name in ("CHOWN", "SETUID", "SETGID", "SETPCAP") for word in ("--cap-add", f"CAP_{name}")]
     shed = ["/usr/bin/setpriv", "--reuid", str(uid), "--regid", str(gid), "--clear-groups", "--no-new-privs"]
-    return spaces + keep, [*shed, "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]
+    shed += ["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]
+    return spaces + keep, ["/bin/sh", "-c", _GIVE, "sh", f"{uid}:{gid}", CREDENTIALS_DIR, *shed]

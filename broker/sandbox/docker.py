@@ -22,7 +22,7 @@ from broker.host.tasks import TaskOwner
 from broker.sandbox import accounts, docker_spec
 from broker.sandbox.docker_engine import Engine
 from broker.sandbox.docker_spec import LABEL
-from broker.sandbox.driver import Exit, Found, Liveness, SandboxSpec
+from broker.sandbox.driver import CREDENTIALS_DIR, Exit, Found, Liveness, SandboxSpec
 
 log = structlog.get_logger(__name__)
 
@@ -196,6 +196,9 @@ class DockerDriver:
     async def inspect(self, ref: str) -> Liveness:
         data = await self._engine.show(ref)
         return "gone" if data is None else docker_spec.liveness(data["State"]["Status"])
+
+    def credentials_dir(self, slot: str, incarnation: int) -> str:
+        return CREDENTIALS_DIR
 
     async def list(self) -> list[Found]:
         found = []

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from broker.config import DockerConfig
-from broker.sandbox.driver import HOME_DIR, PACKAGES_DIR, SOCK_DIR, VOL_DIR, Liveness, SandboxSpec
+from broker.sandbox.driver import (
+    CREDENTIALS_BYTES,
+    CREDENTIALS_DIR,
+    HOME_DIR,
+    PACKAGES_DIR,
+    SOCK_DIR,
+    VOL_DIR,
+    Liveness,
+    SandboxSpec,
+)
 
 LABEL = "io.cortex."
 ENTRY = ("python3", "-I", "-S", "/opt/cortex/sandbox_agent/__main__.py")
@@ -87,7 +96,7 @@ def container_config(
     """The body of a create. ``files``: target → source of further single files, read-only.
 
     The sandbox has no network, a read-only root, no capability and no way to gain one, a private
-    ``/tmp``, and limits on memory (swap included), processors, processes and logs.
+    ``/tmp``, a small tmpfs for credential files, and limits on memory (swap included), processors, processes and logs.
     """
     files = files or {}
     return {
@@ -121,7 +130,11 @@ def _host_config(spec: SandboxSpec, config: DockerConfig, files: Mapping[str, Pa
         "PidsLimit": spec.pids or config.pids,
         "OomScoreAdj": 500,
         "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],
-        "Tmpfs": {"/tmp": f"rw,exec,nosuid,nodev,mode=1777,size={config.tmp_bytes}"},
+        "Tmpfs": {
+            "/tmp": f"rw,exec,nosuid,nodev,mode=1777,size={config.tmp_bytes}",
+            CREDENTIALS_DIR: f"rw,nosuid,nodev,noexec,mode=0700,uid={spec.uid},gid={spec.group},"
+            f"size={CREDENTIALS_BYTES}",
+        },
         "Mounts": [
             _mount(spec.sock_dir, SOCK_DIR, read_only=True),
             _mount(spec.vol_dir, VOL_DIR, read_only=False),

@@ -2,8 +2,9 @@
 
 Drivers know nothing of sessions. They run one agent server in a box that sees the slot's sockets
 at ``/run/cortex`` (read-only), the slot's volume at ``/vol`` and the shared packages at
-``/opt/cortex/packages`` (read-only), and nothing else of the host. Every driver passes the suite
-in ``tests/integration/sandbox/test_driver_conformance.py``.
+``/opt/cortex/packages`` (read-only), and nothing else of the host. Of its own it has a small tmpfs
+for credential files, which ends with it. Every driver passes the suite in
+``tests/integration/sandbox/test_driver_conformance.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ SOCK_DIR = "/run/cortex"
 VOL_DIR = "/vol"
 HOME_DIR = "/vol/home"
 PACKAGES_DIR = "/opt/cortex/packages"
+CREDENTIALS_DIR = "/run/cortex-credentials"
+"""Where an isolated sandbox has its tmpfs for credential files: 0700, the sandbox's uid, no set-uid, no devices."""
+CREDENTIALS_BYTES = 2**20
 GATEWAY_PORT = 4180
 """Loopback port of the gateway forwarder in a sandbox that has its own network namespace."""
 EGRESS_PORT = 4181
@@ -112,6 +116,9 @@ class SandboxDriver(Protocol):
 
     async def inspect(self, ref: str) -> Liveness:
         """How it is now."""
+
+    def credentials_dir(self, slot: str, incarnation: int) -> str:
+        """Where that sandbox keeps credential files, as it sees it; "" when it has no place for them."""
 
     async def list(self) -> list[Found]:
         """All sandboxes of this installation, whatever their state; nobody else's."""

@@ -26,9 +26,18 @@ from broker.config import ProcessConfig
 from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
 from broker.metrics import SANDBOX_CALLS, SANDBOX_ERRORS
-from broker.sandbox import accounts, bwrap, process_spawn, procfs
+from broker.sandbox import accounts, bwrap, process_spawn, procfs, ram_dirs
 from broker.sandbox.docker_spec import CA_FILE, CA_VARIABLES, check_slot
-from broker.sandbox.driver import HOME_DIR, SOCK_DIR, VOL_DIR, Exit, Found, Liveness, SandboxSpec
+from broker.sandbox.driver import (
+    CREDENTIALS_DIR,
+    HOME_DIR,
+    SOCK_DIR,
+    VOL_DIR,
+    Exit,
+    Found,
+    Liveness,
+    SandboxSpec,
+)
 from broker.sandbox.process_records import Record, Records
 
 log = structlog.get_logger(__name__)
@@ -201,9 +210,21 @@ class ProcessDriver:
             self.isolated,
             argv=[*(self._prefix(spec) if self.isolated else []), *self._entry, "--socket-dir", sock, "--vol", vol],
             env=self._environment(isolated=self.isolated, home=home, words=words),
+            credentials=CREDENTIALS_DIR if self.isolated else self._ram_dir(ref),
         )
         self._records.save(record)
         return record
+
+    def _ram_dir(self, ref: str) -> str:
+        try:
+            return ram_dirs.make(ref, self._state_dir / "process")
+        except OSError as error:
+            raise CortexError(
+                Code.ENGINE_ERROR,
+                "no directory for credential files can be made",
+                cause=error,
+                hint="Make room, and give the broker's user its state_dir.",
+            ) from error
 
     def _prefix(self, spec: SandboxSpec) -> list[str]:
         """The bubblewrap command up to and with what precedes the agent server's argv."""
@@ -415,9 +436,18 @@ class ProcessDriver:
         if box.handles is not None:
             await self._kill(box)
         self._boxes.pop(ref, None)
-        await asyncio.to_thread(self._records.delete, ref)
+        await asyncio.to_thread(self._forget, box.record)
         if not box.ended.done():
             box.ended.set_result(Exit(None))
+
+    def _forget(self, record: Record) -> None:
+        if not record.isolated:
+            ram_dirs.remove(record.credentials)
+        self._records.delete(record.ref)
+
+    def credentials_dir(self, slot: str, incarnation: int) -> str:
+        box = self._boxes.get(f"{slot}.{incarnation}")
+        return "" if box is None else box.record.credentials
 
     async def wait(self, ref: str) -> Exit:
         box = self._boxes.get(ref)

@@ -26,7 +26,8 @@ Stage = Literal["created", "starting", "running", "paused", "exited"]
 @dataclass(frozen=True)
 class Record:
     """``argv``: the whole command, without the numbers of descriptors; ``init``: the process whose end is the
-    sandbox's end; ``monitor``: bubblewrap outside of it, which knows the exit code."""
+    sandbox's end; ``monitor``: bubblewrap outside of it, which knows the exit code; ``credentials``: where it
+    keeps credential files, as it sees it."""
 
     ref: str
     slot: str
@@ -39,6 +40,7 @@ class Record:
     init: Process | None = None
     monitor: Process | None = None
     code: int | None = None
+    credentials: str = ""
 
 
 class Records:

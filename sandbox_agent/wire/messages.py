@@ -146,6 +146,8 @@ class Welcome(Message):
     agent_spec: AgentSpec | None = None
     agent_hash: str = ""
     home: str = "/vol/home"
+    credentials_dir: str = ""
+    """Private tmpfs for credential files; empty: there is none, and no such file is taken."""
     gateway_port: int = 0
     """Loopback port for the gateway inside the sandbox; 0: any free one."""
     egress_port: int = 0

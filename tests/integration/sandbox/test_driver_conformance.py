@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 from broker.errors import Code, CortexError
-from broker.sandbox.driver import SandboxDriver
+from broker.sandbox import ram_dirs
+from broker.sandbox.driver import CREDENTIALS_BYTES, SandboxDriver
 from broker.sandbox.process import ProcessDriver
 from broker.sandbox.procfs import tree
 from tests.integration.sandbox.kinds import EVERY, REAL
-from tests.integration.sandbox.rig import Rig
+from tests.integration.sandbox.rig import UID, Rig
 
 
 async def _started(world: Rig) -> str:
@@ -167,6 +168,61 @@ async def test_many_at_once(world: Rig) -> None:
     await asyncio.gather(*(world.driver.remove(ref) for ref in refs))
     await asyncio.wait_for(asyncio.gather(*waiters), 20)
     assert await world.driver.list() == []
+
+
+# Credentials
+
+LOOK = (
+    "import os, stat\n"
+    "found = os.lstat({path!r})\n"
+    "mounts = dict(line.split(' ')[1:4:2] for line in open('/proc/self/mounts'))\n"
+    "kinds = dict(line.split(' ')[1:3] for line in open('/proc/self/mounts'))\n"
+    "space = os.statvfs({path!r})\n"
+    "result = [oct(found.st_mode), found.st_uid, found.st_uid == os.getuid(), os.listdir({path!r}), \n"
+    "    kinds.get({path!r}), mounts.get({path!r}), space.f_frsize * space.f_blocks]"
+)
+WRITE = (
+    "import os\n"
+    "file = os.open({path!r} + '/key', os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)\n"
+    "result = os.write(file, b'secret')"
+)
+
+
+@REAL
+async def test_it_has_a_private_place_in_memory_for_credentials(world: Rig) -> None:
+    ref, slot, peer = await world.up()
+    path = world.driver.credentials_dir(slot.spec.slot, 1)
+    mode, uid, own, content, kind, options, size = await peer.run(LOOK.format(path=path))
+    assert (mode, uid, own, content) == (oct(0o40700), os.getuid() if world.kind == "plain" else UID, True, [])
+    assert await peer.run(WRITE.format(path=path)) == 6
+    if world.kind == "plain":
+        assert not path.startswith(str(world.base))
+        assert ram_dirs._on_tmpfs(path)
+    else:
+        assert kind == "tmpfs"
+        assert {"nosuid", "nodev"} <= set(options.split(","))
+        assert size == CREDENTIALS_BYTES
+        assert "No space" in await peer.fails(
+            f"import pathlib; pathlib.Path({path!r}, 'more').write_bytes(bytes({size}))"
+        )
+        assert await peer.fails(f"import os; os.rmdir({path!r})")
+    assert ("noexec" in (options or "")) == (world.kind == "docker")
+    await world.driver.remove(ref)
+    assert not os.path.exists(path)
+    left = subprocess.run(["grep", "-rl", "--include=key", "secret", str(world.base)], capture_output=True, timeout=20)
+    assert left.stdout == b""
+
+
+@REAL
+async def test_the_place_for_credentials_is_known_to_a_driver_that_adopted_it(world: Rig) -> None:
+    ref, slot, peer = await world.up()
+    path = world.driver.credentials_dir(slot.spec.slot, 1)
+    await peer.run(WRITE.format(path=path))
+    world.driver = world.another()
+    await world.driver.open()
+    assert world.driver.credentials_dir(slot.spec.slot, 1) == path
+    await world.driver.remove(ref)
+    assert not os.path.exists(path)
 
 
 # Death

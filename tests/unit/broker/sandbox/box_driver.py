@@ -90,6 +90,9 @@ class BoxDriver:
     async def inspect(self, ref: str) -> Liveness:
         return self.found[ref].liveness if ref in self.found else "gone"
 
+    def credentials_dir(self, slot: str, incarnation: int) -> str:
+        return ""
+
     async def list(self) -> list[Found]:
         self._check("list", "")
         return list(self.found.values())

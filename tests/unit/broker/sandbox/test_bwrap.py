@@ -138,7 +138,8 @@ def test_root_sheds_everything_and_others_have_their_own_user_namespace() -> Non
     spaces, shed = bwrap.isolation_args(64321, 64321, root=True)
     assert "--unshare-user" not in spaces
     added = [spaces[i + 1] for i, word in enumerate(spaces) if word == "--cap-add"]
-    assert sorted(added) == ["CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID"]
+    assert sorted(added) == ["CAP_CHOWN", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID"]
+    assert shed[-1] == "--bounding-set=-all"
     assert {"--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"} <= set(shed)
     spaces, shed = bwrap.isolation_args(1000, 1000, root=False)
     assert "--unshare-user" in spaces

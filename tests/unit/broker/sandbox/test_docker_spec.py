@@ -58,6 +58,8 @@ def test_no_spec_makes_a_container_that_can_do_more(spec: SandboxSpec) -> None:
     assert set(mounts) == {"/run/cortex", "/vol", "/opt/cortex/packages"}
     assert {target for target, mount in mounts.items() if not mount["ReadOnly"]} == {"/vol"}
     assert "exec" in host["Tmpfs"]["/tmp"].split(",")
+    private = set(host["Tmpfs"]["/run/cortex-credentials"].split(","))
+    assert {"nosuid", "nodev", "noexec", "mode=0700", f"uid={spec.uid}", f"gid={spec.group}", "size=1048576"} <= private
 
 
 @given(SPECS)
