@@ -73,7 +73,9 @@ class AcpHub:
     def __init__(self, *, welcome: Welcome, grant: GrantFn, on_change: Callable[[], None]) -> None:
         self.agent_info = ""
         self.open_turns = 0
+        self.turns = 0
         self.clients = 0
+        self.ahead = ""
         self.garbage = 0
         self._welcome = welcome
         self._on_change = on_change
@@ -126,9 +128,14 @@ class AcpHub:
         self._congested: asyncio.TimerHandle | None = None
         self._space: asyncio.TimerHandle | None = None
         self._tick = self._loop.call_later(self._tick_s, self._look_at_clients)
-        self._tasks.start(self._open_journal(), "open_journal", on_error=self._not_opened)
+        if welcome.session:
+            self.claim(moved=False, keep_ahead=True)
 
     # -- the journal -----------------------------------------------------------------------------
+
+    def claim(self, *, moved: bool, keep_ahead: bool) -> None:
+        """Opens the journal, beside."""
+        self._tasks.start(self._open_journal(), "open_journal", on_error=self._not_opened)
 
     async def _open_journal(self) -> None:
         state, later = await self._journal.open()
@@ -437,7 +444,7 @@ class AcpHub:
         return "next_session" if any(c.live for c in self._conversations.by_number.values()) else "now"
 
     def _changed(self) -> None:
-        self.open_turns = self._turns.open
+        self.open_turns, self.turns = self._turns.open, self._turns.accepted
         self._on_change()
 
     async def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sandbox_agent import homefiles
@@ -12,8 +13,8 @@ from sandbox_agent.spawn import SpawnError
 from sandbox_agent.wire.codec import WireError
 from sandbox_agent.wire.messages import AgentSpec, Bind, Bound
 
-ORDER = ("files", "settings", "mcp", "process")
-"""Files and settings first: an agent that starts reads them."""
+ORDER = ("claim", "files", "settings", "mcp", "process")
+"""First whose it is, then what an agent that starts reads."""
 MAX_FILES = 256
 MAX_FILE_BYTES = 2**20
 
@@ -28,26 +29,48 @@ class BindError(Exception):
         self.hint = hint
 
 
+@dataclass(frozen=True)
+class Claim:
+    """Makes a warm sandbox that of ``session``; see ``wire.messages.Bind``."""
+
+    session: str
+    moved: bool = False
+    restart: bool = False
+    keep_ahead: bool = True
+
+
 class Runner(Protocol):
     """The part of ``process.AgentProcess`` that a bind needs."""
 
     def want(self, spec: AgentSpec) -> str:
         """Runs ``spec``; returns the effect. Raises ``SpawnError``."""
 
+    def restart(self) -> None:
+        """Kills what runs, at once, and starts what is wanted."""
+
 
 class Binder:
-    """``applied``: hash by part. A part whose hash is equal is not touched."""
+    """``applied``: hash by part. A part whose hash is equal is not touched.
 
-    def __init__(self, *, home: str, hub: AgentHub, process: Runner) -> None:
-        self.applied: dict[str, str] = {}
+    ``session``: whose sandbox it is, empty until it is claimed; ``on_claim`` hears of that once.
+    """
+
+    def __init__(
+        self, *, home: str, hub: AgentHub, process: Runner, session: str, on_claim: Callable[[Claim], None]
+    ) -> None:
+        self.applied: dict[str, str] = {"claim": session} if session else {}
+        self.session = session
         self._home = home
         self._hub = hub
         self._process = process
+        self._on_claim = on_claim
+        self._claiming = False
         self._files: set[str] = set()
 
     def apply(self, bind: Bind) -> Bound:
         """All parts are checked before the first is applied. Never raises."""
         effect: dict[str, str] = {}
+        self._claiming = False
         try:
             actions = {name: self._action(name, value) for name, value in bind.parts.items()}
             for name in sorted(actions, key=ORDER.index):
@@ -57,7 +80,7 @@ class Binder:
                     continue
                 self.applied.pop(name, None)
                 effect[name] = actions[name]()
-                self.applied[name] = wanted
+                self.applied[name] = self.session if name == "claim" else wanted
         except (BindError, SpawnError) as error:
             return Bound(bind.id, False, dict(self.applied), effect, error.code, str(error)[:2000], error.hint)
         return Bound(bind.id, True, dict(self.applied), effect)
@@ -67,9 +90,14 @@ class Binder:
         self.applied.pop("process", None)
 
     def _action(self, name: str, value: Any) -> Callable[[], str]:
+        if name == "claim":
+            claim = _claim(value)
+            if self.session not in ("", claim.session):
+                raise _claimed()
+            return lambda: self._take(claim)
         if name == "process":
             spec = _spec(value)
-            return lambda: self._process.want(spec)
+            return lambda: self._want(spec)
         if name == "mcp":
             servers = _maps(name, value)
             return lambda: self._hub.set_mcp(servers)
@@ -84,6 +112,21 @@ class Binder:
                 raise _invalid("settings is not a map")
             return lambda: self._hub.set_settings(value)
         raise _invalid(f"unknown part {name[:40]!r}")
+
+    def _take(self, claim: Claim) -> str:
+        if not self.session:
+            self.session = claim.session
+            self._claiming = True
+            self._on_claim(claim)
+            if claim.restart:
+                self._process.restart()
+        return "now"
+
+    def _want(self, spec: AgentSpec) -> str:
+        effect = self._process.want(spec)
+        if self._claiming:  # nobody has used what runs: it needs no time to end
+            self._process.restart()
+        return effect
 
     def _put_files(self, files: list[tuple[str, int, bytes]]) -> str:
         try:
@@ -109,6 +152,19 @@ class Binder:
 
 def _invalid(what: str) -> BindError:
     return BindError("request.invalid", what, "broker and sandbox image are of different versions; update the image")
+
+
+def _claimed() -> BindError:
+    return BindError("session.conflict", "the sandbox is another session's", "it is claimed once ever; take another")
+
+
+def _claim(value: Any) -> Claim:
+    values = value if isinstance(value, dict) else {}
+    session = values.get("session")
+    flags = {name: values[name] for name in ("moved", "restart", "keep_ahead") if name in values}
+    if not isinstance(session, str) or not session or not all(isinstance(flag, bool) for flag in flags.values()):
+        raise _invalid("a claim is {session, moved, restart, keep_ahead}")
+    return Claim(session, **flags)
 
 
 def _spec(value: Any) -> AgentSpec:

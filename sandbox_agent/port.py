@@ -29,6 +29,14 @@ class AgentHub(Protocol):
     """The agent's ``initialize`` result as JSON text; empty until it is held."""
     open_turns: int
     clients: int
+    turns: int
+    """Prompts accepted."""
+    ahead: str
+    """The conversation that is opened ahead: empty (none), opening, open, or failed."""
+
+    def claim(self, *, moved: bool, keep_ahead: bool) -> None:
+        """The sandbox is somebody's from now on: the journal may be opened. ``moved``: the home is another;
+        ``keep_ahead``: what was opened ahead may serve."""
 
     def agent_up(self, channel: AgentChannel, spec: AgentSpec) -> None:
         """The process runs; the hub sends ``initialize`` itself."""
@@ -43,10 +51,10 @@ class AgentHub(Protocol):
         """A client's stream, non-blocking; the hub owns it from here."""
 
     def set_mcp(self, servers: list[dict[str, Any]]) -> str:
-        """ACP ``McpServer`` objects for conversations to come; returns the effect: now or next_session."""
+        """ACP ``McpServer`` objects for conversations; returns the effect: now, next_turn or next_session."""
 
     def set_settings(self, settings: dict[str, Any]) -> str:
-        """``{"allow_client_mcp": bool, "workspace": str}``; returns the effect."""
+        """``{"allow_client_mcp": bool, "workspace": str, "open_ahead": bool}``; returns the effect."""
 
     async def close(self) -> None:
         """Syncs the journal and lets clients go."""

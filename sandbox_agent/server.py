@@ -13,7 +13,7 @@ from typing import Any
 import uvloop
 
 from sandbox_agent import memory, packages
-from sandbox_agent.bind import Binder
+from sandbox_agent.bind import Binder, Claim
 from sandbox_agent.boot import Booted, say
 from sandbox_agent.control import Control
 from sandbox_agent.forward import Forwarder
@@ -86,9 +86,13 @@ class Server:
             port_ready=port_ready,
             raw_clients=lambda: self.raw.count,
         )
-        self.binder = Binder(home=booted.surroundings.home, hub=self.hub, process=self.process)
-        if welcome.session:
-            self.binder.applied["claim"] = welcome.session
+        self.binder = Binder(
+            home=booted.surroundings.home,
+            hub=self.hub,
+            process=self.process,
+            session=welcome.session,
+            on_claim=self._claimed,
+        )
         self.streams = Streams(path, secret=welcome.secret, count=welcome.streams, serve=self._attached)
         self.control = Control(
             path,
@@ -186,6 +190,8 @@ class Server:
             hint=process.hint,
             open_turns=self.hub.open_turns,
             clients=self.hub.clients + self.raw.count,
+            turns=self.hub.turns,
+            ahead=self.hub.ahead,
             pss_bytes=pss,
             started_ms=self._booted.started_ms,
         )
@@ -210,7 +216,7 @@ class Server:
         if status == self._said or not self.control.up:
             return
         said = self._said
-        if said is not None and replace(said, open_turns=status.open_turns, clients=status.clients) == status:
+        if said is not None and _counted(said, status) == status:
             # Counts alone change with every turn: the broker has no hurry for them, the turn has.
             if self._counts is None:
                 self._counts = asyncio.get_running_loop().call_later(COUNTS_S, self._send_status)
@@ -237,6 +243,10 @@ class Server:
         elif isinstance(message, Build):
             self._tasks.start(self._build(message), "build")
 
+    def _claimed(self, claim: Claim) -> None:
+        """The sandbox has become a session's; its home may be another from now on."""
+        self.hub.claim(moved=claim.moved, keep_ahead=claim.keep_ahead)
+
     def _put_agent_files(self) -> None:
         """The home may be another than the one the agent was started with."""
         spec, surroundings = self.process.spec, self._booted.surroundings
@@ -261,7 +271,9 @@ class Server:
 
     def _attached(self, sock: Any, attach: Attach) -> None:
         wanted = "raw" if self.process.websocket else "acp"
-        if attach.protocol != wanted:
+        if not self.binder.session:
+            refuse(sock, 1013, "session.not_found: this sandbox is nobody's yet; ask for a session")
+        elif attach.protocol != wanted:
             refuse(sock, 4400, f"session.wrong_protocol: this agent is reached at /{wanted}")
         elif wanted == "raw":
             self.raw.serve(sock, attach)
@@ -279,3 +291,8 @@ class Server:
             if info is None or self.process.owns(info.si_pid):
                 return
             os.waitpid(info.si_pid, os.WNOHANG)
+
+
+def _counted(said: Status, now: Status) -> Status:
+    """``said`` with the counts of ``now``."""
+    return replace(said, open_turns=now.open_turns, clients=now.clients, turns=now.turns)

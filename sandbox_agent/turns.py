@@ -31,7 +31,8 @@ INTERRUPTED = jsonrpc.error(
 
 
 class Turns:
-    """``open``: how many turns run or wait. ``on_change`` is called when that changes."""
+    """``open``: how many turns run or wait; ``accepted``: how many prompts there were. ``on_change`` is called
+    when these change."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Turns:
         on_change: Callable[[], None],
     ) -> None:
         self.open = 0
+        self.accepted = 0
         self._agent = agent
         self._outbox = outbox
         self._conversations = conversations
@@ -114,6 +116,7 @@ class Turns:
         turn = Turn(conversation, seq, message_id, params, [(number, request_id)])
         self._conversations.prompt_opened(turn)
         self.open += 1
+        self.accepted += 1
         if conversation.turn is None:
             conversation.turn = turn
             self._start(turn)

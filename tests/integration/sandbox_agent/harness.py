@@ -297,7 +297,13 @@ def open_files(pid: int) -> dict[int, str]:
 
 def welcome(spec: AgentSpec | None = DEMO, **changes: Any) -> Welcome:
     """What the broker answers by default."""
-    values: dict[str, Any] = {"incarnation": 1, "secret": SECRET, "agent_spec": spec, "agent_hash": "a1"}
+    values: dict[str, Any] = {
+        "incarnation": 1,
+        "session": "s1",
+        "secret": SECRET,
+        "agent_spec": spec,
+        "agent_hash": "a1",
+    }
     return Welcome(**(values | changes))
 
 

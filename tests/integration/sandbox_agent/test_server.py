@@ -73,7 +73,7 @@ async def test_without_an_agent_in_the_welcome_the_first_bind_starts_it(sandbox:
     assert (await control.probe(1)).agent == "stopped"
     assert children(pid) == []
     bound = await control.bind(2, {"process": DEMO.encode()}, {"process": "p1"})
-    assert (bound.ok, bound.effect, bound.applied) == (True, {"process": "now"}, {"process": "p1"})
+    assert (bound.ok, bound.effect, bound.applied) == (True, {"process": "now"}, {"claim": "s1", "process": "p1"})
     await control.status("ready")
 
 
@@ -165,7 +165,7 @@ async def test_a_broker_that_restarts_finds_everything_as_it_was(sandbox: Sandbo
     again = await broker.control()
     assert again.preamble.secret == SECRET
     assert again.hello.agent == "ready"
-    assert again.hello.applied == {"process": "a1", "mcp": "m", "settings": "s"}
+    assert again.hello.applied == {"claim": "s1", "process": "a1", "mcp": "m", "settings": "s"}
     assert again.hello.agent_info == before.agent_info
     assert (await again.probe(1)).agent_pid == before.agent_pid
     for _ in range(2):
@@ -200,7 +200,7 @@ async def test_a_process_part_that_changes_restarts_an_idle_agent(sandbox: Sandb
     assert (await control.probe(2)).agent_pid == first.agent_pid
     changed = replace(DEMO, env={"COLOUR": "green"})
     bound = await control.bind(3, {"process": changed.encode()}, {"process": "a2"})
-    assert (bound.effect, bound.applied) == ({"process": "now"}, {"process": "a2"})
+    assert (bound.effect, bound.applied) == ({"process": "now"}, {"claim": "s1", "process": "a2"})
     await control.status("starting")
     second = await control.status("ready")
     assert not alive(first.agent_pid)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sandbox_agent.bind import MAX_FILES, Binder
+from sandbox_agent.bind import MAX_FILES, Binder, Claim
 from sandbox_agent.port import AgentChannel
 from sandbox_agent.spawn import SpawnError
 from sandbox_agent.wire.messages import AgentSpec, Attach, Bind
@@ -18,6 +18,8 @@ class Recorder:
     agent_info = ""
     open_turns = 0
     clients = 0
+    turns = 0
+    ahead = ""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
@@ -37,6 +39,12 @@ class Recorder:
         self.calls.append(("settings", settings))
         return "now"
 
+    def claim(self, *, moved: bool, keep_ahead: bool) -> None:
+        self.calls.append(("claim", (moved, keep_ahead)))
+
+    def restart(self) -> None:
+        self.calls.append(("restart", None))
+
     def want(self, spec: AgentSpec) -> str:
         if self.refuse is not None:
             raise self.refuse
@@ -47,9 +55,13 @@ class Recorder:
 SPEC = AgentSpec(name="a", protocol="acp", command=["x"])
 
 
-def make(home: Path) -> tuple[Binder, Recorder]:
+def make(home: Path, session: str = "") -> tuple[Binder, Recorder]:
     recorder = Recorder()
-    return Binder(home=str(home), hub=recorder, process=recorder), recorder
+
+    def claimed(claim: Claim) -> None:
+        recorder.claim(moved=claim.moved, keep_ahead=claim.keep_ahead)
+
+    return Binder(home=str(home), hub=recorder, process=recorder, session=session, on_claim=claimed), recorder
 
 
 def test_parts_are_applied_files_first_process_last_and_told_with_their_effect(tmp_path: Path) -> None:
@@ -100,6 +112,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"mcp": ["x"]}, "request.invalid"),
     ({"settings": []}, "request.invalid"),
     ({"process": "x"}, "request.invalid"),
+    ({"claim": "s1"}, "request.invalid"),
+    ({"claim": {"moved": True}}, "request.invalid"),
+    ({"claim": {"session": ""}}, "request.invalid"),
+    ({"claim": {"session": "s1", "restart": 1}}, "request.invalid"),
     ({"process": {"t": "agent", "name": "a", "protocol": "acp", "command": []}}, "request.invalid"),
     ({"files": [{"path": "x"}]}, "request.invalid"),
     ({"files": [{"path": "x", "content": b"1" * (2**20 + 1)}]}, "request.invalid"),
@@ -165,3 +181,61 @@ def test_too_many_files_are_refused_not_cut(tmp_path: Path) -> None:
     bound = binder.apply(Bind(1, 1, {"files": files}, {"files": "h"}))
     assert (bound.ok, bound.applied) == (False, {})
     assert list(tmp_path.iterdir()) == []
+
+
+# -- claims ------------------------------------------------------------------------------------------
+
+
+def claim(binder: Binder, session: str = "s1", parts: dict[str, Any] | None = None, **how: bool) -> Any:
+    parts = {"claim": {"session": session, **how}, **(parts or {})}
+    return binder.apply(Bind(1, 1, parts, {name: f"h-{name}" for name in parts} | {"claim": session}))
+
+
+def test_a_claim_is_applied_before_everything_else_and_told_in_hello(tmp_path: Path) -> None:
+    binder, seen = make(tmp_path)
+    bound = claim(binder, "s1", {"mcp": [], "settings": {}, "process": SPEC.encode()}, moved=True, keep_ahead=False)
+    assert bound.ok
+    assert bound.effect["claim"] == "now"
+    assert binder.applied["claim"] == "s1"
+    assert binder.session == "s1"
+    assert [name for name, _ in seen.calls] == ["claim", "settings", "mcp", "process", "restart"]
+    assert seen.calls[0] == ("claim", (True, False))
+
+
+def test_a_claim_is_known_by_its_session_whatever_its_hash(tmp_path: Path) -> None:
+    binder, seen = make(tmp_path)
+    assert binder.apply(Bind(1, 1, {"claim": {"session": "s1"}}, {})).applied == {"claim": "s1"}
+    assert binder.apply(Bind(2, 1, {"claim": {"session": "s1"}}, {"claim": "other"})).ok
+    assert seen.calls == [("claim", (False, True))]
+
+
+def test_a_claim_for_another_session_is_refused_with_all_that_came_with_it(tmp_path: Path) -> None:
+    binder, seen = make(tmp_path)
+    assert claim(binder, "s1").ok
+    bound = claim(binder, "s2", {"mcp": []})
+    assert (bound.ok, bound.code) == (False, "session.conflict")
+    assert bound.applied == {"claim": "s1"}
+    assert binder.session == "s1"
+    assert [name for name, _ in seen.calls] == ["claim"]
+
+
+def test_the_same_claim_again_does_nothing(tmp_path: Path) -> None:
+    binder, seen = make(tmp_path)
+    assert claim(binder, "s1", restart=True).ok
+    assert claim(binder, "s1", restart=True).ok
+    assert [name for name, _ in seen.calls] == ["claim", "restart"]
+
+
+def test_a_sandbox_that_was_started_for_a_session_is_nobody_elses(tmp_path: Path) -> None:
+    binder, seen = make(tmp_path, session="s1")
+    assert binder.applied == {"claim": "s1"}
+    assert claim(binder, "s2").code == "session.conflict"
+    assert claim(binder, "s1", restart=True).ok
+    assert seen.calls == []
+
+
+def test_an_agent_that_is_not_claimed_is_left_its_time_to_end(tmp_path: Path) -> None:
+    binder, seen = make(tmp_path)
+    assert claim(binder).ok
+    binder.apply(Bind(2, 2, {"process": SPEC.encode()}, {"process": "p"}))
+    assert [name for name, _ in seen.calls] == ["claim", "process"]

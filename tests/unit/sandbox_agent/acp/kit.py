@@ -259,7 +259,7 @@ class Bench:
         self.home = directory / "home"
         self.home.mkdir(exist_ok=True)
         self.files = Files(directory / "journal")
-        self.welcome = Welcome(incarnation=1, secret=b"s" * 32, home=str(self.home), stall_timeout_s=5.0)
+        self.welcome = Welcome(incarnation=1, session="s", secret=b"s" * 32, home=str(self.home), stall_timeout_s=5.0)
         self.agent = Agent()
         self.changes = 0
         self.peers: list[Peer] = []
