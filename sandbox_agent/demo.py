@@ -22,7 +22,8 @@ MAX_SLOW = 100_000
 METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL = -32601, -32602, -32603
 HELP = """I am Cortex's built-in demo agent; there is no model behind me. I echo what you write, and:
 `!command` runs a shell command in the sandbox, `!ask command` asks for permission first,
-`/slow N [MS]` streams N chunks, `/mcp` lists the MCP servers, `/tool NAME {json}` calls an MCP tool."""
+`/slow N [MS]` streams N chunks, `/mcp` lists the MCP servers, `/tool NAME {json}` calls an MCP tool,
+`/model TEXT` asks the model at $DEMO_MODEL_URL (Anthropic's API, such as {gateway}/anthropic)."""
 
 
 class RpcError(Exception):
@@ -193,6 +194,8 @@ class Demo:
         elif text == "/mcp":
             names = ", ".join(str(server.get("name")) for server in session.servers)
             yield f"MCP servers: {names}" if names else "There are no MCP servers."
+        elif text.startswith("/model "):
+            yield from _model(session, text[7:].strip())
         elif text.startswith("/tool "):
             yield self._tool(session, text[6:].strip())
         else:
@@ -283,6 +286,38 @@ def _slow(session: Session, arguments: list[str]) -> Iterator[str]:
         if session.cancel.wait(pause if number else 0):
             raise Cancelled
         yield f"{number + 1} "
+
+
+def _model(session: Session, text: str) -> Iterator[str]:
+    """What a model says, as it comes: text deltas of a streamed ``/v1/messages``, over plain HTTP."""
+    import socket
+
+    host, _, path = os.environ.get("DEMO_MODEL_URL", "").removeprefix("http://").partition("/")
+    name, _, port = host.partition(":")
+    if not name:
+        yield "DEMO_MODEL_URL is not set; give it to [agents.demo.env] in config.toml."
+        return
+    message = {"role": "user", "content": text}
+    asked = {"model": "demo", "max_tokens": 1024, "stream": True, "messages": [message]}
+    body = json.dumps(asked).encode()
+    head = f"POST /{path}/v1/messages HTTP/1.0\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\nanthropic-version: 2023-06-01\r\n\r\n"
+    try:
+        with socket.create_connection((name, int(port or 80)), timeout=COMMAND_TIMEOUT_S) as sock:
+            sock.sendall(head.encode() + body)
+            with sock.makefile("rb") as answer:
+                status = answer.readline().decode(errors="replace").strip()
+                if " 200 " not in f"{status} ":
+                    yield f"The model's answer was {status}: {answer.read(OUTPUT_LIMIT).decode(errors='replace')}"
+                    return
+                for line in answer:
+                    if session.cancel.is_set():
+                        raise Cancelled
+                    event = json.loads(line[5:]) if line.startswith(b"data:") else {}
+                    if event.get("type") == "content_block_delta":
+                        yield str(event.get("delta", {}).get("text", ""))
+    except (OSError, ValueError) as error:
+        yield f"The model cannot be asked: {error}"
 
 
 def _shell(command: str, session: Session) -> tuple[int, str]:

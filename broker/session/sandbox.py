@@ -369,6 +369,7 @@ class Sandbox:
             "agent_state": status.agent if status else "unknown",
             "agent_pid": status.agent_pid if status else 0,
             "open_turns": status.open_turns if status else 0,
+            "ahead": status.ahead if status else "",
             "pss_bytes": self.pss_bytes,
             "agent_started_ms": status.started_ms if status else 0.0,
         }

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,12 @@ for line in sys.stdin:
 class Agent:
     """The demo agent as a process; a client that speaks lines."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, **env: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", demo.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={"PATH": os.environ["PATH"], "HOME": str(home)},
+            env={"PATH": os.environ["PATH"], "HOME": str(home)} | env,
             cwd="/",
         )
         self._number = 0
@@ -190,3 +192,37 @@ def test_errors_are_json_rpc_errors_and_garbage_is_passed_over(agent: Agent, tmp
     hostile = agent.call("session/load", sessionId="demo-../../etc/passwd", cwd="/")[0]
     assert hostile["error"]["code"] == demo.INVALID_PARAMS
     assert agent.session(tmp_path)
+
+
+class Model(http.server.BaseHTTPRequestHandler):
+    """Streams what it was asked, as Anthropic's API does, and keeps the connection open."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200 if asked["messages"][0]["content"] != "no" else 529, "overloaded")
+        self.end_headers()
+        for word in ("you", " asked ", asked["messages"][0]["content"]):
+            delta = {"type": "content_block_delta", "delta": {"type": "text_delta", "text": word}}
+            self.wfile.write(f"event: content_block_delta\ndata: {json.dumps(delta)}\n\n".encode())
+
+    def log_message(self, *args: object) -> None:
+        return
+
+
+@pytest.mark.parametrize(("text", "answer"), [("why", "you asked why"), ("no", "The model's answer was HTTP/1.0 529")])
+def test_it_asks_a_model_where_it_is_told_of_one(tmp_path: Path, text: str, answer: str) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Model) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        told = Agent(tmp_path, DEMO_MODEL_URL=f"http://127.0.0.1:{server.server_port}/anthropic")
+        try:
+            _, updates = told.prompt(told.session(tmp_path), f"/model {text}")
+            assert "".join(said(updates)).startswith(answer)
+        finally:
+            told.process.kill()
+            told.process.communicate()
+            server.shutdown()
+
+
+def test_it_says_that_there_is_no_model(agent: Agent, tmp_path: Path) -> None:
+    _, updates = agent.prompt(agent.session(tmp_path), "/model why")
+    assert "DEMO_MODEL_URL" in "".join(said(updates))
