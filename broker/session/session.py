@@ -10,33 +10,32 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import structlog
 
 from broker.errors import Code, CortexError
-from broker.host.tasks import TaskOwner, first_of
-from broker.metrics import CONFIG_ASSEMBLY, SESSIONS
+from broker.host.tasks import TaskOwner
+from broker.metrics import CONFIG_ASSEMBLY
+from broker.session.attempts import Attempts
 from broker.session.bringup import BringUp, Prepared, Subject
 from broker.session.claim import NO_POOL, Takes
 from broker.session.clients import Clients
 from broker.session.configuration import Configuration
 from broker.session.custody import Custody
+from broker.session.ends import Ends
+from broker.session.life import Life
 from broker.session.mailbox import Mailbox, crashed
 from broker.session.port import Applied, AttachedClient, State
-from broker.session.sandbox import Runtime, Sandbox, how_ended
-from broker.session.state import Event, advance, allowed, wants_bringup
+from broker.session.sandbox import Runtime, Sandbox
+from broker.session.state import Event, wants_bringup
 from broker.session.timeline import ADOPTED, Timeline
 from broker.store.sessions import SessionRow
 from sandbox_agent.wire.messages import Attach, Status
 
 log = structlog.get_logger(__name__)
 
-CANCEL_S = 10.0
-"""Longest that a cancelled bring-up may take to let go."""
 SLACK_S = 5.0
 """What whoever waits for a bring-up gives it beyond its own deadline, so that its own error is told."""
 
@@ -53,29 +52,26 @@ class Session:
         self.agent = row.agent
         self._protocol = runtime.config().agents[row.agent].protocol
         self._runtime = runtime
-        self._pool = pool
         self._clock = clock
-        self._row = row
-        self._state: State = "stopped"
-        self._reason = row.reason
-        self._error: CortexError | None = None
-        self._clients = Clients(lambda: runtime.config().front.max_clients_per_session)
-        self._mailbox = Mailbox(row.id, lambda error: self._fail(crashed(error)))
-        self._tasks = TaskOwner(f"session.{row.id}")
-        self._changed = asyncio.Event()
-        self._custody = Custody(row.id, lambda: runtime.config().sandbox.stop_timeout_s)
-        self._bringup: BringUp | None = None
-        self._work: asyncio.Task[None] | None = None
-        self._watching: asyncio.Task[None] | None = None
         self._waking = False
         self._retired = False
-        self._closed = False
-        self._timelines: deque[Timeline] = deque(maxlen=runtime.config().session.timeline_length)
-        self.idle_since = clock()
+        self._left_at = clock()
         names = (self.user, self.workspace, self.id, self.agent)
         self._subject = Subject(*names, self.on_status, self.on_lost, self._on_placed, self._on_package)
         self._configuration = Configuration(runtime, self._subject, row, clock)
-        SESSIONS.labels(self._state).inc()
+        self._clients = Clients(lambda: runtime.config().front.max_clients_per_session)
+        self._custody = Custody(row.id, lambda: runtime.config().sandbox.stop_timeout_s)
+        self._life = Life(runtime.store, row, clock, lambda: self._configuration.generation)
+        self._tasks = TaskOwner(f"session.{row.id}")
+        self._mailbox = Mailbox(row.id, lambda error: self._ends.fail(crashed(error)))
+        self._attempts = Attempts(
+            row.id,
+            lambda timeline: BringUp(runtime, self._subject, timeline, pool),
+            self._tasks,
+            self._mailbox,
+            length=runtime.config().session.timeline_length,
+        )
+        self._ends = Ends(self._life, self._clients, self._custody, self._attempts, self._mailbox, self._tasks)
         self._tasks.start(self._mailbox.run(), "actor")
 
     @property
@@ -86,12 +82,17 @@ class Session:
     @property
     def state(self) -> State:
         """Where it is in its life; see ``state``. One whose bring-up is about to begin is starting."""
-        return "starting" if self._waking else self._state
+        return "starting" if self._waking else self._life.state
+
+    @property
+    def idle_since(self) -> float:
+        """When its state last changed, or its last client left; seconds since the epoch."""
+        return max(self._life.since, self._left_at)
 
     @property
     def idle(self) -> bool:
         """Nothing runs or is left to put away, nobody is attached, nothing waits: it may leave memory."""
-        at_rest = self._state in ("stopped", "failed") and self._custody.left is None
+        at_rest = self._life.state in ("stopped", "failed") and self._custody.left is None
         return at_rest and not self._clients and self._mailbox.idle
 
     # -- the warm path -------------------------------------------------------------------------
@@ -99,7 +100,7 @@ class Session:
     def attach(self, client: AttachedClient) -> None:
         """Counts the client in; wakes the session when it sleeps. Raises ``SESSION_BUSY``."""
         self._clients.add(client)
-        if self._state != "ready":
+        if self._life.state != "ready":
             self.wake()
         elif self._configuration.old:
             self._apply_soon()
@@ -109,7 +110,7 @@ class Session:
     def detach(self, client: AttachedClient) -> None:
         """Counts it out; the agent goes on."""
         self._clients.discard(client)
-        self.idle_since = self._clock()
+        self._left_at = self._clock()
 
     async def open_stream(self, attach: Attach) -> socket.socket:
         """A stream of the agent server. On a ready session nothing is waited for."""
@@ -120,7 +121,7 @@ class Session:
                 f"agent {self.agent!r} does not speak {attach.protocol}",
                 hint=f"connect to /{expected}",
             )
-        if self._state != "ready":
+        if self._life.state != "ready":
             await self.wait_ready()
         box = self._custody.box
         if box is None:
@@ -138,26 +139,20 @@ class Session:
         limit = config.session.bringup_timeout_s + config.sandbox.stop_timeout_s + SLACK_S
         try:
             async with asyncio.timeout(limit):
-                await self._until(lambda: self._state != "stopping")
+                await self._life.until(lambda: self._life.state != "stopping")
                 self.wake()
-                await self._until(lambda: self._state != "starting" and not self._waking)
+                await self._life.until(lambda: self._life.state != "starting" and not self._waking)
         except TimeoutError as error:
             raise CortexError(
                 Code.BRINGUP_TIMEOUT,
                 f"the session was not ready in {limit:g} s",
                 hint="try again; look at the session's timeline",
             ) from error
-        if self._state != "ready" or self._closed:
-            raise self._error or self._not_running()
-
-    async def _until(self, reached: Callable[[], bool]) -> None:
-        """Returns when the session is as wished, or has left memory; the caller has a deadline."""
-        while not reached() and not self._closed:
-            self._changed.clear()
-            await self._changed.wait()
+        if self._life.state != "ready" or self._life.closed:
+            raise self._ends.error or self._not_running()
 
     def _not_running(self) -> CortexError:
-        return CortexError(Code.SESSION_STOPPED, f"the session is {self._state}", hint="connect again to start it")
+        return CortexError(Code.SESSION_STOPPED, f"the session is {self._life.state}", hint="connect again to start it")
 
     def close_clients(self, code: int, reason: str) -> int:
         """Closes every attached client."""
@@ -167,7 +162,7 @@ class Session:
 
     def wake(self) -> None:
         """Starts a bring-up when nothing runs; waits for nothing."""
-        if wants_bringup(self._state) and not (self._waking or self._retired or self._closed):
+        if wants_bringup(self._life.state) and not (self._waking or self._retired or self._life.closed):
             self._waking = True
             self._mailbox.post(self._begin)
 
@@ -179,18 +174,18 @@ class Session:
     async def stop(self) -> None:
         """Stops the sandbox; home, journal and row stay. Raises when the sandbox cannot be put away."""
         stopped = CortexError(Code.SESSION_STOPPED, "the session was stopped", hint="connect again to start it")
-        await self._mailbox.ask(lambda: self._stop(stopped))
+        await self._mailbox.ask(lambda: self._ends.stop(stopped))
 
     async def retire(self) -> None:
         """Stops it for good: nothing starts it again in this object. Raises as ``stop``; nothing is changed then."""
         gone = CortexError(Code.NO_SESSION, "the session was deleted", hint="create it again")
         self._retired = True
         try:
-            await self._mailbox.ask(lambda: self._stop(gone))
+            await self._mailbox.ask(lambda: self._ends.stop(gone))
         except BaseException:
             self._retired = False
             raise
-        self._error = gone
+        self._ends.error = gone
 
     async def config_changed(self, section: str) -> Applied:
         """Assembles anew and binds what differs; returns when the sandbox has acknowledged."""
@@ -199,7 +194,7 @@ class Session:
         limit = settings.bringup_timeout_s + settings.bind_timeout_s + SLACK_S
         try:
             async with asyncio.timeout(limit):
-                await self._until(lambda: self._state != "starting")
+                await self._life.until(lambda: self._life.state != "starting")
                 result: Applied = await self._mailbox.ask(self._apply)
         except (TimeoutError, CortexError) as error:
             failed = error if isinstance(error, CortexError) else _too_busy(limit)
@@ -211,104 +206,68 @@ class Session:
     async def _begin(self) -> None:
         """Starts a bring-up unless one runs."""
         try:
-            if not wants_bringup(self._state) or self._retired:
+            if not wants_bringup(self._life.state) or self._retired:
                 return
-            self._error = None
-            await self._move(Event.WANTED, "", incarnation=self._row.incarnation + 1)
+            self._ends.error = None
+            await self._life.move(Event.WANTED, "", incarnation=self._life.row.incarnation + 1)
         finally:
             self._waking = False
-            self._changed.set()
-        bringup = self._new_bringup("cold")
-        self._work = self._tasks.start(self._bring_up(bringup, lambda: self._start(bringup)), "bringup")
+            self._life.told()
+        self._attempt("cold", self._start)
 
-    def _new_bringup(self, path: str) -> BringUp:
-        timeline = Timeline(self._runtime.driver.name, path=path)
-        self._timelines.appendleft(timeline)
-        self._bringup = BringUp(self._runtime, self._subject, timeline, self._pool)
-        return self._bringup
+    def _attempt(self, path: str, work: Callable[[BringUp], Awaitable[Prepared]]) -> asyncio.Task[None]:
+        generation = self._configuration.generation
+        return self._attempts.begin(
+            Timeline(self._runtime.driver.name, path=path),
+            work,
+            on_up=lambda bringup, prepared: self._brought_up(bringup, prepared, generation),
+            on_failed=self._ends.fail,
+        )
 
     async def _start(self, bringup: BringUp) -> Prepared:
         if self._custody.left is not None:
             with bringup.timeline.stage("put_away"):
                 await self._custody.tidy()
         configuration = self._configuration
-        return await bringup.run(self._row.incarnation, configuration.generation, configuration.assembled)
-
-    async def _bring_up(self, bringup: BringUp, work: Callable[[], Awaitable[Prepared]]) -> None:
-        """Does the work beside the actor and posts how it ended."""
-        generation = self._configuration.generation
-        try:
-            prepared = await work()
-        except CortexError as error:
-            failed = error
-        except OSError as error:
-            failed = CortexError(
-                Code.STORE_ERROR, "the host refused a step of the bring-up", cause=error, hint="run `cortex doctor`"
-            )
-        except Exception as error:
-            log.exception("bringup_crashed", session=self.id)
-            failed = crashed(error)
-        else:
-            self._mailbox.post(lambda: self._brought_up(bringup, prepared, generation))
-            return
-        bringup.timeline.finish(failed.code.slug)
-        self._mailbox.post(lambda: self._not_brought_up(bringup, failed))
+        return await bringup.run(self._life.row.incarnation, configuration.generation, configuration.assembled)
 
     def _on_placed(self, box: Sandbox) -> None:
         self._custody.box = box
 
     async def _brought_up(self, bringup: BringUp, prepared: Prepared, generation: int) -> None:
         box = bringup.sandbox
-        if bringup is not self._bringup or self._state != "starting" or box is None:
+        if self._life.state != "starting" or box is None:
             return
         if box.failed is not None:
             bringup.timeline.finish(box.failed.code.slug)
-            await self._fail(box.failed)
+            await self._ends.fail(box.failed)
             return
         configuration = self._configuration
         configuration.keep(prepared, generation)
-        await self._move(
+        await self._life.move(
             Event.READY, "", config=prepared.assembled.dump(), config_at=configuration.assembled_at, slot=box.slot.id
         )
         bringup.timeline.finish("ready")
         log.info("session_ready", session=self.id, agent=self.agent, ms=round(bringup.timeline.total * 1000, 1))
-        self._watching = self._tasks.start(self._watch(box), "watch")
+        self._ends.watch(box)
         if configuration.dirty:
             self._apply_soon()
-
-    async def _not_brought_up(self, bringup: BringUp, error: CortexError) -> None:
-        if bringup is self._bringup:
-            await self._fail(error)
-
-    async def _watch(self, box: Sandbox) -> None:
-        """The sandbox's end is an event like any other; one that no longer answers has ended too."""
-        try:
-            exit_, why = await first_of(self._runtime.driver.wait(box.ref), box.unresponsive())
-        except CortexError as error:
-            # Its link ends too, a little later.
-            log.warning("sandbox_not_watched", session=self.id, slot=box.slot.id, error=str(error))
-        else:
-            reason = f"the sandbox {how_ended(exit_)}" if exit_ is not None else str(why)
-            self._mailbox.post(lambda: self._lose(box, reason))
 
     async def adopt(self, box: Sandbox) -> asyncio.Task[None]:
         """Takes over a sandbox that outlived the last broker; the task ends when it is ready, or has failed."""
         return cast("asyncio.Task[None]", await self._mailbox.ask(lambda: self._adopt(box)))
 
     async def _adopt(self, box: Sandbox) -> asyncio.Task[None]:
-        if self._custody.left is not None or self._custody.box is not None or not allowed(self._state, Event.ADOPTED):
+        if self._custody.left is not None or self._custody.box is not None or not self._life.may(Event.ADOPTED):
             raise CortexError(
                 Code.SESSION_CONFLICT, "the session has another sandbox", hint="stop the session to have a new one"
             )
         self._custody.box = box
-        await self._move(Event.ADOPTED, "adopted after a restart of the broker", incarnation=box.incarnation)
-        bringup = self._new_bringup(ADOPTED)
+        await self._life.move(Event.ADOPTED, "adopted after a restart of the broker", incarnation=box.incarnation)
         configuration = self._configuration
-        self._work = self._tasks.start(
-            self._bring_up(bringup, lambda: bringup.readopt(box, configuration.generation, configuration.assembled)),
-            "adopt",
+        return self._attempt(
+            ADOPTED, lambda bringup: bringup.readopt(box, configuration.generation, configuration.assembled)
         )
-        return self._work
 
     # -- configuration -------------------------------------------------------------------------
 
@@ -324,7 +283,7 @@ class Session:
     async def _apply(self) -> Applied:
         """Sends what differs to a running sandbox; one that is starting applies it when it is up."""
         box, configuration = self._custody.box, self._configuration
-        if self._state != "ready" or box is None:
+        if self._life.state != "ready" or box is None:
             return Applied(self.user, self.workspace, "stored", {})
         try:
             effect = await configuration.apply(box, self._clients)
@@ -338,124 +297,37 @@ class Session:
     async def _save_configuration(self) -> None:
         configuration = self._configuration
         if configuration.assembled is not None:
-            await self._save(config=configuration.assembled.dump(), config_at=configuration.assembled_at)
+            await self._life.save(config=configuration.assembled.dump(), config_at=configuration.assembled_at)
 
     def tick(self) -> None:
         """Called now and then by the registry: mends what is left over and keeps a session in use fresh."""
         configuration = self._configuration
-        if self._state == "ready" and (configuration.dirty or (self._clients and configuration.old)):
+        if self._life.state == "ready" and (configuration.dirty or (self._clients and configuration.old)):
             self._apply_soon()
-        elif self._custody.left is not None and wants_bringup(self._state):
-            self._mailbox.post_once("tidy", self._tidy_at_rest)
+        elif self._custody.left is not None and wants_bringup(self._life.state):
+            self._mailbox.post_once("tidy", self._ends.tidy)
 
     # -- ends ----------------------------------------------------------------------------------
 
     def on_status(self, status: Status) -> None:
         """The agent server of its sandbox says how it is."""
-        if status.agent == "failed" and self._state == "ready" and self._custody.box is not None:
-            self._lose_soon(self._custody.box, status.what or "the agent failed", Code.AGENT_FAILED)
+        if status.agent == "failed" and self._life.state == "ready" and self._custody.box is not None:
+            self._ends.lose_soon(self._custody.box, status.what or "the agent failed", Code.AGENT_FAILED)
 
     def on_lost(self, box: Sandbox, reason: str) -> None:
         """The link to its sandbox is gone for good."""
-        self._lose_soon(box, reason, Code.SANDBOX_DIED)
+        self._ends.lose_soon(box, reason)
 
     def _without_streams(self, box: Sandbox) -> None:
         """A client got no stream: a sandbox that serves nobody is not ready, unless it is only busy with a turn."""
         if box.status is None or box.status.open_turns == 0:
-            self._lose_soon(box, "its agent server offers no stream to clients", Code.SANDBOX_DIED)
-
-    def _lose_soon(self, box: Sandbox, reason: str, code: Code) -> None:
-        self._mailbox.post_once(f"lose.{box.incarnation}", lambda: self._lose(box, reason, code))
+            self._ends.lose_soon(box, "its agent server offers no stream to clients")
 
     def _on_package(self, spec: str, error: CortexError | None) -> None:
         told = str(error) if error is not None else ""
         log.info("package_failed" if told else "package_ready", session=self.id, spec=spec, error=told)
         self._configuration.changed()
         self._apply_soon()
-
-    async def _lose(self, box: Sandbox, reason: str, code: Code = Code.SANDBOX_DIED) -> None:
-        """Its sandbox is dead or out of reach: put it away; the next client starts a new one.
-
-        A bring-up notices by itself, and says more.
-        """
-        if box is not self._custody.box or self._state not in ("ready", "paused"):
-            return
-        log.warning("sandbox_lost", session=self.id, slot=box.slot.id, reason=reason)
-        await self._stop(CortexError(code, reason[:400], hint="connect again: the session starts anew"))
-
-    async def _stop(self, why: CortexError) -> None:
-        if (self._state == "stopped" and self._custody.left is None) or not allowed(self._state, Event.STOP):
-            return
-        await self._end(why, Event.STOPPED)
-
-    async def _fail(self, error: CortexError) -> None:
-        if allowed(self._state, Event.FAILED):
-            log.warning("session_failed", session=self.id, error=str(error), hint=error.hint)
-            await self._end(error, Event.FAILED)
-
-    async def _end(self, why: CortexError, event: Event) -> None:
-        """Whoever waits or is attached hears it first; then the sandbox is put away.
-
-        Raises why that could not be done; the session has failed then, and it is tried again later.
-        """
-        self._error = why
-        reason = str(why)[:1000]
-        was_ready = self._state in ("ready", "paused")
-        await self._cancel_work()
-        if allowed(self._state, Event.STOP):
-            await self._move(Event.STOP, reason)
-        if was_ready or event is Event.STOPPED:
-            self._clients.close(why.code.close_code, why.close_reason())
-        left = await self._custody.put_away()
-        if left is None:
-            await self._move(event, reason, slot="")
-            return
-        await self._move(
-            Event.FAILED, f"{reason}; its sandbox could not be put away yet, it is tried again: {left}"[:1500]
-        )
-        if event is Event.STOPPED:
-            raise left
-
-    async def _cancel_work(self) -> None:
-        work, self._work = self._work, None
-        bringup, self._bringup = self._bringup, None
-        if work is not None and not work.done():
-            work.cancel()
-            _, stuck = await asyncio.wait((work,), timeout=CANCEL_S)
-            if stuck:
-                log.error("bringup_stuck", session=self.id)
-        if bringup is not None and bringup.timeline.outcome == "running":
-            bringup.timeline.finish("cancelled")
-        if self._watching is not None:
-            self._watching.cancel()
-            self._watching = None
-
-    async def _tidy_at_rest(self) -> None:
-        if wants_bringup(self._state):
-            await self._custody.tidy()
-
-    # -- state ---------------------------------------------------------------------------------
-
-    async def _move(self, event: Event, reason: str, **fields: Any) -> None:
-        """The next state: durable first, then visible."""
-        following = advance(self._state, event)
-        await self._save(state=following, reason=reason, **fields)
-        SESSIONS.labels(self._state).dec()
-        self._state = following
-        SESSIONS.labels(self._state).inc()
-        self._reason = reason
-        self.idle_since = self._clock()
-        self._changed.set()
-
-    async def _save(self, **fields: Any) -> None:
-        changed = {"generation": self._configuration.generation, "updated_at": self._clock()}
-        row = replace(self._row, **(changed | fields))
-        try:
-            await self._runtime.store.save(row)
-        except CortexError as error:
-            # The state in memory is what runs; a store that is full must not stop what works.
-            log.error("session_not_saved", session=self.id, error=str(error), hint=error.hint)
-        self._row = row
 
     def view(self) -> dict[str, Any]:
         """For operators."""
@@ -467,31 +339,30 @@ class Session:
             "agent": self.agent,
             "protocol": self._protocol,
             "state": self.state,
-            "reason": "" if self._waking else self._reason,
+            "reason": "" if self._waking else self._life.reason,
             "clients": len(self._clients),
             "generation": self._configuration.generation,
             "permission_policy": assembled.config.settings.permission_policy if assembled else "ask",
             "warnings": list(self._configuration.warnings),
             "origins": dict(assembled.origins) if assembled else {},
             "sandbox": self._custody.box.facts() if self._custody.box else None,
-            "created_at": self._row.created_at,
-            "updated_at": self._row.updated_at,
+            "created_at": self._life.row.created_at,
+            "updated_at": self._life.row.updated_at,
         }
 
     def timeline(self) -> list[dict[str, Any]]:
         """The last bring-ups, newest first."""
-        return [timeline.view() for timeline in self._timelines]
+        return self._attempts.view()
 
     async def close(self) -> None:
         """Lets go of the session; its sandbox goes on and is adopted by the next broker. Idempotent."""
-        if self._closed:
+        if self._life.closed:
             return
-        self._closed = True
+        self._life.closed = True
         await self._tasks.close()
         self._mailbox.close()
-        self._changed.set()
         await self._custody.let_go()
-        SESSIONS.labels(self._state).dec()
+        self._life.close()
 
 
 def _too_busy(limit: float) -> CortexError:
