@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from broker.store.activity import forget as forget_activity
 from broker.store.db import Database
 
 
@@ -51,9 +52,10 @@ class UserStore:
         return int(rows[0][0])
 
     async def delete(self, user: str) -> None:
-        """Erases the user's sections, tokens and hook receipts, all or none. Sessions are the registry's."""
+        """Erases the user's sections, tokens, hook receipts and activity, all or none. Sessions are the registry's."""
         await self._db.write(
             ("DELETE FROM sections WHERE user = ?", (user,)),
             ("DELETE FROM tokens WHERE user = ?", (user,)),
             ("DELETE FROM hook_receipts WHERE user = ?", (user,)),
+            *forget_activity(user),
         )
