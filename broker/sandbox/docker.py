@@ -30,6 +30,7 @@ DEFAULT_HOST = "unix:///var/run/docker.sock"
 OPEN_TIMEOUT_S = 10.0
 RETRY_S = 5.0
 """An engine that did not answer is asked again after so long, or when the event stream is back."""
+PULL_TIMEOUT_S = 1800.0
 TAIL_LINES, TAIL_BYTES = 64, 4096
 IMAGE_UIDS = frozenset({64321, 1000})
 """Uids with a passwd entry in the image."""
@@ -67,6 +68,7 @@ class DockerDriver:
         self._label = f"{LABEL}installation={installation}"
         host = config.host or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
         self._engine = Engine(host, timeout_s=config.call_timeout_s)
+        self._pulling: asyncio.Task[None] | None = None
         self._follower: asyncio.Task[None] | None = None
         self._wakers: dict[str, set[asyncio.Event]] = {}
 
@@ -80,7 +82,12 @@ class DockerDriver:
                 hint="Register it in /etc/docker/daemon.json, or change sandbox.docker.runtime.",
                 details={"runtimes": sorted(info.get("Runtimes", {}))},
             )
-        await self._image()
+        try:
+            await self._image()
+        except CortexError as error:
+            if error.code is not Code.IMAGE_MISSING or not names_registry(self._config.image):
+                raise
+            log.warning("image_not_here_yet", image=self._config.image, hint="it is pulled once the broker runs")
         if self._follower is None:
             self._follower = self._tasks.start(self._follow(), "docker-events")
 
@@ -91,6 +98,23 @@ class DockerDriver:
                 await self._follower
             self._follower = None
         await self._engine.close()
+
+    async def prepare_image(self) -> str:
+        if not names_registry(self._config.image):
+            return await self._image()
+        found = await self._engine.image_id(self._config.image)
+        if found is not None:
+            return found
+        if self._pulling is None:
+            log.info("pulling_image", image=self._config.image)
+            pull = self._engine.pull(self._config.image, timeout_s=PULL_TIMEOUT_S)
+            self._pulling = self._tasks.start(pull, "docker-pull", on_error=lambda _: None)
+            self._pulling.add_done_callback(self._pulled)
+        await asyncio.shield(self._pulling)
+        return await self._image()
+
+    def _pulled(self, done: asyncio.Task[None]) -> None:
+        self._pulling = None
 
     async def create(self, spec: SandboxSpec) -> str:
         name = docker_spec.container_name(self._installation, spec.slot, spec.incarnation)
@@ -200,6 +224,9 @@ class DockerDriver:
     def credentials_dir(self, slot: str, incarnation: int) -> str:
         return CREDENTIALS_DIR
 
+    async def memory(self, ref: str) -> int:
+        return await self._engine.memory(ref)
+
     async def list(self) -> list[Found]:
         found = []
         for row in await self._engine.list(self._label):
@@ -213,11 +240,10 @@ class DockerDriver:
         name = self._config.image
         image = await self._engine.image_id(name)
         if image is None:
-            raise CortexError(
-                Code.IMAGE_MISSING,
-                f"the sandbox image {name} is not there",
-                hint="Build it with `make image`, or name another in sandbox.docker.image.",
-            )
+            hint = f"It may be on its way; if not: docker pull {name}."
+            if not names_registry(name):
+                hint = "Build it with `make image`, or name another in sandbox.docker.image."
+            raise CortexError(Code.IMAGE_MISSING, f"the sandbox image {name} is not there", hint=hint)
         return image
 
     def _files(self, spec: SandboxSpec) -> dict[str, Path]:
@@ -262,6 +288,12 @@ class DockerDriver:
                 delay = 0.1
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, RETRY_S)
+
+
+def names_registry(image: str) -> bool:
+    """Whether an image's name says where it comes from, as docker reads it; ``cortex-sandbox`` is built here."""
+    host, slash, _ = image.partition("/")
+    return bool(slash) and ("." in host or ":" in host or host == "localhost")
 
 
 async def _woken(waker: asyncio.Event) -> None:

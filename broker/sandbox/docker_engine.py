@@ -129,6 +129,32 @@ class Engine:
         data = await self._call("image", lambda docker: _or_none(docker.images.inspect(name)))
         return None if data is None else str(data["Id"])
 
+    async def pull(self, name: str, *, timeout_s: float) -> None:
+        """Has the engine fetch an image. Raises ``IMAGE_MISSING`` when the registry does not give it."""
+        try:
+            await self._call("pull", lambda docker: docker.images.pull(name, timeout=None), timeout_s=timeout_s)
+        except CortexError as error:
+            if error.code in (Code.ENGINE_DOWN, Code.ENGINE_TIMEOUT, Code.DISK_FULL):
+                raise
+            raise CortexError(
+                Code.IMAGE_MISSING,
+                f"the sandbox image {name} is not there, and cannot be pulled",
+                cause=error.cause,
+                hint=f"See what the registry says: docker pull {name}. Log in there, or correct sandbox.docker.image.",
+            ) from error
+
+    async def memory(self, ref: str) -> int:
+        """What its processes take: all of its cgroup but cached files that are easily given up."""
+
+        async def get(docker: aiodocker.Docker) -> int:
+            (sample,) = await docker.containers.container(ref).stats(stream=False)
+            used = sample.get("memory_stats") or {}
+            detail = used.get("stats") or {}
+            cached = detail.get("inactive_file", detail.get("total_inactive_file", 0))
+            return max(0, int(used.get("usage", 0)) - int(cached))
+
+        return await self._call("stats", get)
+
     async def create(self, name: str, body: dict[str, Any]) -> str | None:
         """The new container's id, None when the name is taken."""
 

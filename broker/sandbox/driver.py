@@ -93,6 +93,12 @@ class SandboxDriver(Protocol):
     async def close(self) -> None:
         """Lets go of the engine; sandboxes go on."""
 
+    async def prepare_image(self) -> str:
+        """Sees that what sandboxes are made from is there, and fetches it where that can be done.
+
+        Returns its id, which is another when its content is; "" where there is nothing to fetch.
+        """
+
     async def create(self, spec: SandboxSpec) -> str:
         """Makes a sandbox and returns its ``ref``. Nothing runs yet. All or nothing."""
 
@@ -119,6 +125,9 @@ class SandboxDriver(Protocol):
 
     def credentials_dir(self, slot: str, incarnation: int) -> str:
         """Where that sandbox keeps credential files, as it sees it; "" when it has no place for them."""
+
+    async def memory(self, ref: str) -> int:
+        """Bytes that all its processes take now; 0 where that cannot be seen."""
 
     async def list(self) -> list[Found]:
         """All sandboxes of this installation, whatever their state; nobody else's."""

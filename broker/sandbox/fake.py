@@ -86,7 +86,8 @@ class FakeSandbox:
 class FakeEngine:
     """Holds the sandboxes. ``script``: given to each new one. ``calls``: every driver call, in order.
 
-    ``error``: raised by every call, as an engine does that is down.
+    ``error``: raised by every call, as an engine does that is down. ``image``: id of the image; ``image_error``:
+    why there is none. ``memory``: bytes that each sandbox takes.
     """
 
     def __init__(self, script: Script | None = None) -> None:
@@ -94,6 +95,9 @@ class FakeEngine:
         self.sandboxes: dict[str, FakeSandbox] = {}
         self.calls: list[tuple[str, str]] = []
         self.error: CortexError | None = None
+        self.image = "image-1"
+        self.image_error: CortexError | None = None
+        self.memory = 64 * 2**20
         self.numbers = itertools.count(1)
         self._deaths = TaskOwner("fake-engine")
 
@@ -139,8 +143,16 @@ class FakeDriver:
     async def close(self) -> None:
         """Sandboxes go on."""
 
+    async def prepare_image(self) -> str:
+        self._called("prepare_image")
+        if self.engine.image_error is not None:
+            raise self.engine.image_error
+        return self.engine.image
+
     async def create(self, spec: SandboxSpec) -> str:
         self._called("create", spec.slot)
+        if self.engine.image_error is not None:
+            raise self.engine.image_error
         script = self.engine.script
         if script.create_error is not None:
             raise script.create_error
@@ -203,6 +215,11 @@ class FakeDriver:
 
     def credentials_dir(self, slot: str, incarnation: int) -> str:
         return CREDENTIALS_DIR
+
+    async def memory(self, ref: str) -> int:
+        self._called("memory", ref)
+        self._alive(ref)
+        return self.engine.memory
 
     async def list(self) -> list[Found]:
         self._called("list")

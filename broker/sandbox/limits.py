@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_ROUNDING = 1e-9
+"""So much of a token may be missing: after exactly ``wait`` seconds there is one."""
+
 
 @dataclass(frozen=True)
 class LinkLimits:
@@ -38,10 +41,26 @@ class TokenBucket:
     def take(self, now: float) -> bool:
         """Takes a token if there is one."""
         self._refill(now)
-        if self._tokens < 1.0:
+        if self._tokens + _ROUNDING < 1.0:
             return False
         self._tokens -= 1.0
         return True
+
+    def whole(self, now: float) -> int:
+        """How many tokens there are."""
+        self._refill(now)
+        return int(self._tokens + _ROUNDING)
+
+    def wait(self, now: float) -> float:
+        """Seconds until there is a token; 0 when there is one."""
+        self._refill(now)
+        return 0.0 if self._tokens + _ROUNDING >= 1.0 else (1.0 - self._tokens) / self._rate
+
+    def configure(self, burst: float, rate: float, now: float) -> None:
+        """Other limits from now on; what there is stays, as far as it fits."""
+        self._refill(now)
+        self._burst, self._rate = burst, rate
+        self._tokens = min(self._tokens, burst)
 
     def reserve(self, now: float) -> float:
         """Takes a token, of the future if need be; returns the seconds to wait before using it."""

@@ -168,6 +168,9 @@ class ProcessDriver:
             words = done.stderr.decode(errors="replace").strip()[-400:] or f"exit code {done.returncode}"
             raise CortexError(Code.ISOLATION_MISSING, "bubblewrap cannot make a sandbox", cause=words, hint=hint)
 
+    async def prepare_image(self) -> str:
+        return ""
+
     async def create(self, spec: SandboxSpec) -> str:
         SANDBOX_CALLS.labels("process", "create").inc()
         ref = f"{check_slot(spec.slot)}.{spec.incarnation}"
@@ -456,6 +459,10 @@ class ProcessDriver:
     async def inspect(self, ref: str) -> Liveness:
         box = self._boxes.get(ref)
         return "gone" if box is None else box.liveness
+
+    async def memory(self, ref: str) -> int:
+        init = self._running(ref).record.init
+        return await asyncio.to_thread(procfs.memory, init.pid) if init is not None else 0
 
     async def list(self) -> list[Found]:
         return [Found(ref, box.record.slot, box.record.incarnation, box.liveness) for ref, box in self._boxes.items()]

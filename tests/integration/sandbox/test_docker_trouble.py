@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from broker.config import DockerConfig
 from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
-from broker.sandbox.docker import DockerDriver
+from broker.sandbox.docker import DockerDriver, names_registry
 from broker.sandbox.driver import SandboxDriver, SandboxSpec
 from tests.integration.sandbox.kinds import DOCKER, IMAGE, docker_missing
 from tests.integration.sandbox.rig import Rig
@@ -100,6 +101,118 @@ async def test_something_else_that_speaks_http(monkeypatch: pytest.MonkeyPatch, 
 
 async def test_no_engine_address(monkeypatch: pytest.MonkeyPatch) -> None:
     await _refused(await _docker_at(monkeypatch, "gopher://x"), Code.BAD_CONFIG, "unix:///var/run/docker.sock")
+
+
+class _Registry:
+    """An engine that has the image once it was pulled. ``refusal``: what the registry says instead."""
+
+    def __init__(self, refusal: str = "") -> None:
+        self.refusal = refusal
+        self.pulls = 0
+        self.there = False
+        self.given = asyncio.Event()
+
+    async def serve(self, path: Path) -> web.AppRunner:
+        app = web.Application()
+        app.router.add_get("/version", self._version)
+        app.router.add_get("/{v}/info", self._info)
+        app.router.add_get("/{v}/images/{name:.+}/json", self._inspect)
+        app.router.add_post("/{v}/images/create", self._pull)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.UnixSite(runner, str(path)).start()
+        return runner
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"ApiVersion": "1.43"})
+
+    async def _info(self, request: web.Request) -> web.Response:
+        return web.json_response({"SystemTime": "2026-01-01T00:00:00Z", "Runtimes": {}})
+
+    async def _inspect(self, request: web.Request) -> web.Response:
+        if not self.there:
+            return web.json_response({"message": "No such image"}, status=404)
+        return web.json_response({"Id": "sha256:abc"})
+
+    async def _pull(self, request: web.Request) -> web.Response:
+        self.pulls += 1
+        await self.given.wait()
+        self.there = not self.refusal
+        told = {"errorDetail": {"message": self.refusal}, "error": self.refusal} if self.refusal else {"status": "ok"}
+        return web.json_response(told)
+
+
+PULLED = "registry.example:5000/sandbox:1"
+
+
+async def test_an_image_of_a_registry_is_pulled_once_for_all_who_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    registry = _Registry()
+    runner = await registry.serve(tmp_path / "engine.sock")
+    driver = await _docker_at(monkeypatch, f"unix://{tmp_path}/engine.sock", image=PULLED)
+    await driver.open()  # users are told meanwhile that it is missing
+    with pytest.raises(CortexError) as caught:
+        await driver.create(SPEC)
+    assert caught.value.code is Code.IMAGE_MISSING
+    assert "docker pull" in caught.value.hint
+    waiting = [asyncio.ensure_future(driver.prepare_image()) for _ in range(3)]
+    async with asyncio.timeout(5):
+        while not registry.pulls:
+            await asyncio.sleep(0.005)
+    waiting.pop().cancel()  # the others do not depend on who asked first
+    registry.given.set()
+    assert await asyncio.gather(*waiting) == ["sha256:abc"] * 2
+    assert registry.pulls == 1
+    assert await driver.prepare_image() == "sha256:abc"
+    assert registry.pulls == 1
+    await driver.close()
+    await runner.cleanup()
+
+
+async def test_a_registry_that_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    registry = _Registry("denied: requested access to the resource is denied")
+    registry.given.set()
+    runner = await registry.serve(tmp_path / "engine.sock")
+    driver = await _docker_at(monkeypatch, f"unix://{tmp_path}/engine.sock", image=PULLED)
+    for pulls in (1, 2):
+        with pytest.raises(CortexError) as caught:
+            await driver.prepare_image()
+        assert caught.value.code is Code.IMAGE_MISSING
+        assert "denied" in str(caught.value.cause)
+        assert PULLED in caught.value.hint
+        assert registry.pulls == pulls
+    await driver.close()
+    await runner.cleanup()
+
+
+async def test_an_image_that_is_built_here_is_never_pulled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    registry = _Registry()
+    registry.given.set()
+    runner = await registry.serve(tmp_path / "engine.sock")
+    driver = await _docker_at(monkeypatch, f"unix://{tmp_path}/engine.sock", image="cortex-sandbox:latest")
+    await _refused(driver, Code.IMAGE_MISSING, "make image")
+    with pytest.raises(CortexError) as caught:
+        await driver.prepare_image()
+    assert caught.value.code is Code.IMAGE_MISSING
+    assert registry.pulls == 0
+    await driver.close()
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("image", "pulled"),
+    [
+        ("cortex-sandbox", False),
+        ("cortex-sandbox:latest", False),
+        ("someone/cortex-sandbox:1", False),
+        ("ghcr.io/someone/cortex:1", True),
+        ("localhost/cortex", True),
+        ("registry:5000/cortex@sha256:ab", True),
+    ],
+)
+def test_which_names_say_where_an_image_comes_from(image: str, pulled: bool) -> None:
+    assert names_registry(image) is pulled
 
 
 @pytest.mark.docker

@@ -161,6 +161,36 @@ async def test_a_paused_sandbox_can_be_adopted_stopped_and_removed(world: Rig) -
 
 
 @EVERY
+async def test_what_sandboxes_are_made_from_has_an_id_that_stays(world: Rig) -> None:
+    image = await world.driver.prepare_image()
+    assert await world.driver.prepare_image() == image
+    assert bool(image) == (world.kind in ("docker", "fake"))
+
+
+@EVERY
+async def test_the_memory_of_a_sandbox_is_told_whether_it_runs_or_is_paused(world: Rig) -> None:
+    ref = await _started(world)
+    running = await world.driver.memory(ref)
+    assert 2**20 < running < 2**30
+    await world.driver.pause(ref)
+    assert 2**20 < await asyncio.wait_for(world.driver.memory(ref), 10) < 2**30
+    await world.driver.remove(ref)
+    with pytest.raises(CortexError) as caught:
+        await world.driver.memory(ref)
+    assert caught.value.code is Code.SANDBOX_DIED
+
+
+@REAL
+async def test_memory_is_that_of_all_its_processes(world: Rig) -> None:
+    ref, _, peer = await world.up()
+    before = await world.driver.memory(ref)
+    hog = "import sys, time; held = bytearray(48 * 2**20); print(len(held), flush=True); time.sleep(1000)"
+    started = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hog!r}], stdout=subprocess.PIPE)"
+    assert await peer.run(f"{started}; result = p.stdout.readline().decode()") == f"{48 * 2**20}\n"
+    assert await world.driver.memory(ref) - before > 40 * 2**20
+
+
+@EVERY
 async def test_many_at_once(world: Rig) -> None:
     refs = await asyncio.gather(*(_started(world) for _ in range(4)))
     assert {found.ref for found in await world.driver.list()} == set(refs)

@@ -40,6 +40,12 @@ class BoxDriver:
     async def close(self) -> None:
         return
 
+    async def prepare_image(self) -> str:
+        return ""
+
+    async def memory(self, ref: str) -> int:
+        return 0
+
     async def create(self, spec: SandboxSpec) -> str:
         self._check("create", spec.slot)
         ref = f"ref-{spec.slot}"
