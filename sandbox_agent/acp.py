@@ -443,6 +443,11 @@ class AcpHub:
     def _effect(self) -> str:
         return "next_session" if any(c.live for c in self._conversations.by_number.values()) else "now"
 
+    @property
+    def pending(self) -> int:
+        """See ``port.AgentHub``."""
+        return self._agent.open_calls + sum(not client.at_rest for client in self._outbox.clients)
+
     def _changed(self) -> None:
         self.open_turns, self.turns = self._turns.open, self._turns.accepted
         self._on_change()

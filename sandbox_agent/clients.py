@@ -198,6 +198,12 @@ class Client(asyncio.Protocol):
         """Is up to date: frames go straight to it."""
         return self.cursor is None
 
+    @property
+    def at_rest(self) -> bool:
+        """Nothing of it waits to be done, and nothing for it to be sent."""
+        unsent = self._transport is not None and self._transport.get_write_buffer_size() > 0
+        return self.direct and not (self.inbox or self.inserts or self._out or unsent)
+
     def offer(self, position: int, data: bytes) -> None:
         """The frame of the record at ``position``, if it is up to date; falls behind there if it takes no more."""
         if self.cursor is not None:

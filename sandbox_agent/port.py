@@ -34,6 +34,10 @@ class AgentHub(Protocol):
     ahead: str
     """The conversation that is opened ahead: empty (none), opening, open, or failed."""
 
+    @property
+    def pending(self) -> int:
+        """What is under way beside turns: requests that the agent has not answered, clients with messages that wait."""
+
     def claim(self, *, moved: bool, keep_ahead: bool) -> None:
         """The sandbox is somebody's from now on: the journal may be opened. ``moved``: the home is another;
         ``keep_ahead``: what was opened ahead may serve."""

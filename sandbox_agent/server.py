@@ -178,7 +178,7 @@ class Server:
             open_turns=self.hub.open_turns,
         )
 
-    def _status(self, number: int = 0, *, pss: int = 0) -> Status:
+    def _status(self, number: int = 0, *, pss: int = 0, pending: int = 0) -> Status:
         process = self.process
         return Status(
             agent=process.state,
@@ -192,6 +192,7 @@ class Server:
             clients=self.hub.clients + self.raw.count,
             turns=self.hub.turns,
             ahead=self.hub.ahead,
+            pending=pending,
             pss_bytes=pss,
             started_ms=self._booted.started_ms,
         )
@@ -237,7 +238,7 @@ class Server:
             self._put_agent_files()
             self.control.send(self.binder.apply(message))
         elif isinstance(message, Probe):
-            self.control.send(self._status(message.id, pss=memory.pss(self._booted.memory)))
+            self.control.send(self._status(message.id, pss=memory.pss(self._booted.memory), pending=self.hub.pending))
         elif isinstance(message, Stop):
             self._ask_to_stop(message.grace_s)
         elif isinstance(message, Build):

@@ -21,6 +21,8 @@ from sandbox_agent.wire.codec import WireError
 
 MAX_TEXT = 65_536
 """Longest string in a message from a sandbox, unless its field says more."""
+MAX_CREDENTIAL_FILE = 128 * 2**10
+"""Largest credential file, both ways, in bytes."""
 
 
 def _matches(value: Any, kind: Any) -> bool:
@@ -218,6 +220,9 @@ class Status(Message):
     """Prompts accepted since the agent server started."""
     ahead: str = ""
     """The conversation that is opened ahead: empty (none), opening, open, or failed."""
+    pending: int = 0
+    """Beside turns: requests that the agent has not answered, clients with messages that wait, in or out. Told in
+    answers to Probe only."""
     pss_bytes: int = 0
     started_ms: float = 0.0
     """From Welcome to the agent process running, milliseconds; 0 until known."""
