@@ -1,8 +1,9 @@
--- Credentials of users, sealed; nothing beside the blob is secret. Bytes 5 to 8 of a blob name its key.
+-- Credentials of users, sealed; nothing beside the blob is secret.
 
 CREATE TABLE vault (
     id          INTEGER PRIMARY KEY CHECK (id = 1),
     sequence    INTEGER NOT NULL,
+    key_id      BLOB NOT NULL,
     canary      BLOB NOT NULL
 ) STRICT;
 
@@ -13,6 +14,7 @@ CREATE TABLE credentials (
     kind        TEXT NOT NULL,
     mode        TEXT NOT NULL,
     fingerprint TEXT NOT NULL,
+    key_id      BLOB NOT NULL,
     sealed      BLOB NOT NULL,
     expires_at  REAL NOT NULL DEFAULT 0,
     problem     TEXT NOT NULL DEFAULT '',
@@ -22,4 +24,4 @@ CREATE TABLE credentials (
     updated_at  REAL NOT NULL,
     PRIMARY KEY (user, provider)
 ) STRICT;
-CREATE INDEX credentials_by_key ON credentials (substr(sealed, 5, 4));
+CREATE INDEX credentials_by_key ON credentials (key_id, user, provider);
