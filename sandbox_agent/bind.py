@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,12 +12,11 @@ from sandbox_agent import homefiles
 from sandbox_agent.port import AgentHub
 from sandbox_agent.spawn import SpawnError
 from sandbox_agent.wire.codec import WireError
-from sandbox_agent.wire.messages import AgentSpec, Bind, Bound
+from sandbox_agent.wire.messages import MAX_CREDENTIAL_FILE, AgentSpec, Bind, Bound
 
 ORDER = ("claim", "files", "settings", "mcp", "process")
 """First whose it is, then what an agent that starts reads."""
-MAX_FILES = 256
-MAX_FILE_BYTES = 2**20
+MAX_FILES = 8
 
 
 class BindError(Exception):
@@ -49,6 +49,18 @@ class Runner(Protocol):
         """Kills what runs, at once, and starts what is wanted."""
 
 
+class Files(Protocol):
+    """The part of ``credentials.CredentialFiles`` that a bind needs. Both raise ``UnsafePath`` or ``OSError``."""
+
+    directory: str
+
+    def put(self, files: Sequence[tuple[str, bytes]]) -> None:
+        """These (path, content) and no others."""
+
+    def relink(self) -> None:
+        """The home is another one."""
+
+
 class Binder:
     """``applied``: hash by part. A part whose hash is equal is not touched.
 
@@ -56,7 +68,14 @@ class Binder:
     """
 
     def __init__(
-        self, *, home: str, hub: AgentHub, process: Runner, session: str, on_claim: Callable[[Claim], None]
+        self,
+        *,
+        home: str,
+        hub: AgentHub,
+        process: Runner,
+        files: Files,
+        session: str,
+        on_claim: Callable[[Claim], None],
     ) -> None:
         self.applied: dict[str, str] = {"claim": session} if session else {}
         self.session = session
@@ -65,7 +84,7 @@ class Binder:
         self._process = process
         self._on_claim = on_claim
         self._claiming = False
-        self._files: set[str] = set()
+        self._files = files
 
     def apply(self, bind: Bind) -> Bound:
         """All parts are checked before the first is applied. Never raises."""
@@ -106,6 +125,8 @@ class Binder:
             if len(items) > MAX_FILES:
                 raise _invalid(f"over {MAX_FILES} files")
             files = [_file(self._home, item) for item in items]
+            if files and not self._files.directory:
+                raise _invalid("this sandbox has no place for credential files")
             return lambda: self._put_files(files)
         if name == "settings":
             if not isinstance(value, dict):
@@ -115,6 +136,8 @@ class Binder:
 
     def _take(self, claim: Claim) -> str:
         if not self.session:
+            with _told():
+                self._files.relink()
             self.session = claim.session
             self._claiming = True
             self._on_claim(claim)
@@ -128,26 +151,28 @@ class Binder:
             self._process.restart()
         return effect
 
-    def _put_files(self, files: list[tuple[str, int, bytes]]) -> str:
-        try:
-            for path, mode, content in files:
-                homefiles.write(self._home, path, content, mode)
-                self._files.add(path)
-            for path in self._files - {path for path, _, _ in files}:
-                homefiles.remove(self._home, path)
-                self._files.discard(path)
-        except homefiles.UnsafePath as error:
-            raise BindError(
-                "config.invalid_section", str(error), "remove the link in the home, or change the path"
-            ) from error
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise BindError(
-                "store.disk_full" if full else "config.invalid_section",
-                f"a file cannot be written: {error}",
-                "make room on the disk" if full else "look at what is at that path in the home",
-            ) from error
+    def _put_files(self, files: list[tuple[str, bytes]]) -> str:
+        with _told():
+            self._files.put(files)
         return "now"
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Says what a file in the home is in the way of. Raises ``BindError``."""
+    try:
+        yield
+    except homefiles.UnsafePath as error:
+        raise BindError(
+            "config.invalid_section", str(error), "remove the link in the home, or change the path"
+        ) from error
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise BindError(
+            "store.disk_full" if full else "config.invalid_section",
+            f"a file cannot be written: {error.strerror}",
+            "make room on the disk" if full else "look at what is at that path in the home",
+        ) from error
 
 
 def _invalid(what: str) -> BindError:
@@ -183,14 +208,14 @@ def _maps(name: str, value: Any) -> list[dict[str, Any]]:
     return value
 
 
-def _file(home: str, item: dict[str, Any]) -> tuple[str, int, bytes]:
-    path, mode, content = item.get("path"), item.get("mode", 0o600), item.get("content")
-    if not isinstance(path, str) or not isinstance(mode, int) or not isinstance(content, bytes):
-        raise _invalid("a file is {path, mode, content}")
-    if len(content) > MAX_FILE_BYTES:
-        raise _invalid(f"file {path!r} is over {MAX_FILE_BYTES} bytes")
+def _file(home: str, item: dict[str, Any]) -> tuple[str, bytes]:
+    path, content = item.get("path"), item.get("content")
+    if not isinstance(path, str) or not isinstance(content, bytes):
+        raise _invalid("a file is {path, content}")
+    if len(content) > MAX_CREDENTIAL_FILE:
+        raise _invalid(f"file {path!r} is over {MAX_CREDENTIAL_FILE} bytes")
     try:
         homefiles.parts_below(home, path)
     except homefiles.UnsafePath as error:
         raise BindError("config.invalid_section", str(error), "a file's path lies below the home") from error
-    return path, mode & 0o700, content
+    return path, content

@@ -1,7 +1,7 @@
 """Writes files below HOME without ever following a link that something inside may have planted.
 
 Light: boot imports it. Each directory on the way is opened relative to the one above with
-O_NOFOLLOW; a file appears by rename, whole, or not at all.
+O_NOFOLLOW; a file or a link appears by rename, whole, or not at all.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
+from collections.abc import Iterator
 
 _DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class UnsafePath(Exception):
@@ -36,41 +39,71 @@ def parts_below(home: str, path: str) -> list[str]:
     return parts
 
 
-def write(home: str, path: str, content: bytes, mode: int = 0o600) -> None:
-    """Puts ``content`` at ``path``, in place of what is there. Raises ``UnsafePath`` or ``OSError``."""
+@contextlib.contextmanager
+def place(home: str, path: str, *, make: bool) -> Iterator[tuple[int, str]]:
+    """The directory that ``path`` lies in, open, and the name there. ``make``: directories that are missing.
+
+    Raises ``UnsafePath`` or ``OSError``.
+    """
     *above, name = parts_below(home, path)
-    directory = _open_dir(home, above, make=True)
+    directory = _open_dir(home, above, make=make)
     try:
-        _write_in(directory, name, content, mode)
+        yield directory, name
     finally:
         os.close(directory)
+
+
+def write(home: str, path: str, content: bytes, mode: int = 0o600) -> None:
+    """Puts ``content`` at ``path``, in place of what is there. Raises ``UnsafePath`` or ``OSError``."""
+    with place(home, path, make=True) as (directory, name):
+        write_in(directory, name, content, mode)
 
 
 def write_missing(home: str, files: dict[str, str]) -> None:
     """Writes each text that has no file yet. Raises ``UnsafePath`` or ``OSError``."""
     for path, text in files.items():
-        *above, name = parts_below(home, path)
-        directory = _open_dir(home, above, make=True)
-        try:
+        with place(home, path, make=True) as (directory, name):
             if not _exists(directory, name):
-                _write_in(directory, name, text.encode(), 0o600)
-        finally:
-            os.close(directory)
+                write_in(directory, name, text.encode())
 
 
 def remove(home: str, path: str) -> None:
     """Removes a file; one that is not there is no error. Raises ``UnsafePath`` or ``OSError``."""
-    *above, name = parts_below(home, path)
-    try:
-        directory = _open_dir(home, above, make=False)
-    except FileNotFoundError:
-        return
-    try:
+    with contextlib.suppress(FileNotFoundError), place(home, path, make=False) as (directory, name):
         os.unlink(name, dir_fd=directory)
-    except FileNotFoundError:
+
+
+def link_in(directory: int, name: str, target: str) -> None:
+    """Puts a symbolic link to ``target`` at ``name``, in place of what is there. Raises ``OSError``."""
+    scratch = _scratch()
+    os.symlink(target, scratch, dir_fd=directory)
+    try:
+        os.rename(scratch, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        os.unlink(scratch, dir_fd=directory)
+        raise
+
+
+def target_of(directory: int, name: str) -> str | None:
+    """Where a symbolic link leads; None for anything else and for nothing."""
+    try:
+        return os.readlink(name, dir_fd=directory)
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def regular(directory: int, name: str) -> Iterator[int | None]:
+    """The file at ``name``, open for reading; None for a link, a directory, a pipe, and for nothing."""
+    try:
+        file = os.open(name, _READ, dir_fd=directory)
+    except OSError:
+        yield None
         return
+    try:
+        yield file if stat.S_ISREG(os.fstat(file).st_mode) else None
     finally:
-        os.close(directory)
+        os.close(file)
 
 
 def _exists(directory: int, name: str) -> bool:
@@ -104,8 +137,9 @@ def _open_below(directory: int, name: str, *, make: bool) -> int:
         raise UnsafePath(f"{name!r} on the way is a link or a file, not a directory") from error
 
 
-def _write_in(directory: int, name: str, content: bytes, mode: int) -> None:
-    scratch = f".cortex-{os.urandom(8).hex()}"
+def write_in(directory: int, name: str, content: bytes, mode: int = 0o600) -> None:
+    """Puts ``content`` at ``name``, in place of what is there. Raises ``OSError``."""
+    scratch = _scratch()
     file = os.open(scratch, _NEW, 0o600, dir_fd=directory)
     try:
         view = memoryview(content)
@@ -118,3 +152,7 @@ def _write_in(directory: int, name: str, content: bytes, mode: int) -> None:
         raise
     finally:
         os.close(file)
+
+
+def _scratch() -> str:
+    return f".cortex-{os.urandom(8).hex()}"

@@ -16,6 +16,7 @@ from sandbox_agent import memory, packages
 from sandbox_agent.bind import Binder, Claim
 from sandbox_agent.boot import Booted, say
 from sandbox_agent.control import Control
+from sandbox_agent.credentials import CredentialFiles
 from sandbox_agent.forward import Forwarder
 from sandbox_agent.homefiles import UnsafePath, write_missing
 from sandbox_agent.port import AgentHub
@@ -86,10 +87,14 @@ class Server:
             port_ready=port_ready,
             raw_clients=lambda: self.raw.count,
         )
+        self.credentials = CredentialFiles(
+            home=booted.surroundings.home, directory=welcome.credentials_dir, send=lambda said: self.control.send(said)
+        )
         self.binder = Binder(
             home=booted.surroundings.home,
             hub=self.hub,
             process=self.process,
+            files=self.credentials,
             session=welcome.session,
             on_claim=self._claimed,
         )
@@ -142,6 +147,7 @@ class Server:
         except TimeoutError:
             log.error("the journal did not close in time")
         self._say()
+        self.credentials.close()
         await self.control.close()
         await self.streams.close()
         await self.raw.close()
@@ -199,6 +205,7 @@ class Server:
 
     def _up(self) -> None:
         self.streams.up()
+        self.credentials.reconnected()
         self._said = None
         self._changed()
 

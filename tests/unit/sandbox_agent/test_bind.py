@@ -1,29 +1,37 @@
 from __future__ import annotations
 
+import errno
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sandbox_agent.bind import MAX_FILES, Binder, Claim
+from sandbox_agent.homefiles import UnsafePath
 from sandbox_agent.port import AgentChannel
 from sandbox_agent.spawn import SpawnError
-from sandbox_agent.wire.messages import AgentSpec, Attach, Bind
+from sandbox_agent.wire.messages import MAX_CREDENTIAL_FILE, AgentSpec, Attach, Bind
 
 
 class Recorder:
-    """Hub and runner in one: writes down what a bind asks for."""
+    """Hub, runner and files in one: writes down what a bind asks for."""
+
+    directory = "/run/credentials"
 
     agent_info = ""
     open_turns = 0
     clients = 0
     turns = 0
     ahead = ""
+    pending = 0
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.refuse: SpawnError | None = None
+        self.refuse_files: Exception | None = None
+        self.relinked = 0
 
     def agent_up(self, channel: AgentChannel, spec: AgentSpec) -> None: ...
     def agent_lines(self, lines: list[bytes]) -> None: ...
@@ -41,6 +49,16 @@ class Recorder:
 
     def claim(self, *, moved: bool, keep_ahead: bool) -> None:
         self.calls.append(("claim", (moved, keep_ahead)))
+
+    def put(self, files: Sequence[tuple[str, bytes]]) -> None:
+        if self.refuse_files is not None:
+            raise self.refuse_files
+        self.calls.append(("files", list(files)))
+
+    def relink(self) -> None:
+        if self.refuse_files is not None:
+            raise self.refuse_files
+        self.relinked += 1
 
     def restart(self) -> None:
         self.calls.append(("restart", None))
@@ -61,7 +79,8 @@ def make(home: Path, session: str = "") -> tuple[Binder, Recorder]:
     def claimed(claim: Claim) -> None:
         recorder.claim(moved=claim.moved, keep_ahead=claim.keep_ahead)
 
-    return Binder(home=str(home), hub=recorder, process=recorder, session=session, on_claim=claimed), recorder
+    binder = Binder(home=str(home), hub=recorder, process=recorder, files=recorder, session=session, on_claim=claimed)
+    return binder, recorder
 
 
 def test_parts_are_applied_files_first_process_last_and_told_with_their_effect(tmp_path: Path) -> None:
@@ -70,17 +89,15 @@ def test_parts_are_applied_files_first_process_last_and_told_with_their_effect(t
         "process": SPEC.encode(),
         "mcp": [{"name": "m"}],
         "settings": {"allow_client_mcp": True},
-        "files": [{"path": ".a/token", "mode": 0o644, "content": b"t"}],
+        "files": [{"path": ".a/token", "mode": 0o600, "content": b"t"}],
     }
     hashes = {name: f"h-{name}" for name in parts}
     bound = binder.apply(Bind(7, 1, parts, hashes))
     assert (bound.id, bound.ok, bound.applied) == (7, True, hashes)
     assert bound.effect == {"files": "now", "settings": "now", "mcp": "next_session", "process": "next_turn"}
-    assert [name for name, _ in seen.calls] == ["settings", "mcp", "process"]
+    assert [name for name, _ in seen.calls] == ["files", "settings", "mcp", "process"]
+    assert seen.calls[0][1] == [(".a/token", b"t")]
     assert seen.calls[-1][1] == SPEC
-    token = tmp_path / ".a/token"
-    assert token.read_bytes() == b"t"
-    assert token.stat().st_mode & 0o777 == 0o600
 
 
 def test_an_equal_hash_does_nothing(tmp_path: Path) -> None:
@@ -88,22 +105,10 @@ def test_an_equal_hash_does_nothing(tmp_path: Path) -> None:
     parts: dict[str, Any] = {"mcp": [{"name": "m"}], "files": [{"path": "f", "content": b"1"}]}
     hashes = {"mcp": "1", "files": "2"}
     binder.apply(Bind(1, 1, parts, hashes))
-    (tmp_path / "f").write_text("changed by the user")
     bound = binder.apply(Bind(2, 2, parts, hashes))
     assert bound.ok
     assert bound.effect == {"mcp": "now", "files": "now"}
-    assert len(seen.calls) == 1
-    assert (tmp_path / "f").read_text() == "changed by the user"
-
-
-def test_a_file_that_is_no_longer_wanted_goes_but_never_one_of_the_user(tmp_path: Path) -> None:
-    binder, _ = make(tmp_path)
-    (tmp_path / "mine").write_text("user's")
-    binder.apply(
-        Bind(1, 1, {"files": [{"path": "a", "content": b"1"}, {"path": "b", "content": b"1"}]}, {"files": "1"})
-    )
-    binder.apply(Bind(2, 2, {"files": [{"path": "b", "content": b"2"}]}, {"files": "2"}))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "mine"]
+    assert [name for name, _ in seen.calls] == ["files", "mcp"]
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -118,7 +123,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"claim": {"session": "s1", "restart": 1}}, "request.invalid"),
     ({"process": {"t": "agent", "name": "a", "protocol": "acp", "command": []}}, "request.invalid"),
     ({"files": [{"path": "x"}]}, "request.invalid"),
-    ({"files": [{"path": "x", "content": b"1" * (2**20 + 1)}]}, "request.invalid"),
+    ({"files": [{"path": "x", "content": b"1" * (MAX_CREDENTIAL_FILE + 1)}]}, "request.invalid"),
     ({"files": [{"path": "../x", "content": b""}]}, "config.invalid_section"),
     ({"files": [{"path": "/etc/x", "content": b""}]}, "config.invalid_section"),
 ]
@@ -136,15 +141,43 @@ def test_a_bad_part_is_refused_before_any_is_applied(tmp_path: Path, bad: dict[s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_in_the_home_is_an_error_not_a_way_out(tmp_path: Path) -> None:
-    home, outside = tmp_path / "home", tmp_path / "outside"
-    home.mkdir()
-    outside.mkdir()
-    (home / ".agent").symlink_to(outside)
-    binder, _ = make(home)
-    bound = binder.apply(Bind(1, 1, {"files": [{"path": ".agent/auth", "content": b"s"}]}, {"files": "h"}))
-    assert (bound.ok, bound.code) == (False, "config.invalid_section")
-    assert list(outside.iterdir()) == []
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UnsafePath("'.agent' on the way is a link"), "config.invalid_section"),
+        (OSError(errno.EISDIR, "is a directory"), "config.invalid_section"),
+        (OSError(errno.ENOSPC, "no space"), "store.disk_full"),
+    ],
+)
+@pytest.mark.parametrize("part", ["files", "claim"])
+def test_a_file_that_cannot_be_put_is_told_with_a_hint(tmp_path: Path, error: Exception, code: str, part: str) -> None:
+    binder, seen = make(tmp_path)
+    seen.refuse_files = error
+    parts = {"files": [{"path": "a", "content": b"s"}], "claim": {"session": "s1"}}
+    bound = binder.apply(Bind(1, 1, {part: parts[part]}, {part: "h"}))
+    assert (bound.ok, bound.code, bound.applied) == (False, code, {})
+    assert bound.hint
+    seen.refuse_files = None
+    assert binder.apply(Bind(2, 1, {part: parts[part]}, {part: "h"})).ok
+
+
+def test_a_claim_links_the_files_that_are_bound_into_the_home_that_came(tmp_path: Path) -> None:
+    binder, seen = make(tmp_path)
+    files = {"files": [{"path": "a", "content": b"s"}]}
+    binder.apply(Bind(1, 1, files, {"files": "h"}))
+    bound = binder.apply(Bind(2, 1, files | {"claim": {"session": "s1", "moved": True}}, {"files": "h"}))
+    assert bound.ok
+    assert seen.relinked == 1
+    assert [name for name, _ in seen.calls] == ["files", "claim"]
+
+
+def test_a_sandbox_without_a_place_for_them_takes_no_credential_files(tmp_path: Path) -> None:
+    binder, seen = make(tmp_path)
+    seen.directory = ""
+    bound = binder.apply(Bind(1, 1, {"files": [{"path": "a", "content": b"s"}]}, {"files": "h"}))
+    assert (bound.ok, bound.code, bound.applied) == (False, "request.invalid", {})
+    assert binder.apply(Bind(2, 1, {"files": []}, {"files": "h"})).ok
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_agent_that_cannot_start_is_told_and_tried_again(tmp_path: Path) -> None:
@@ -160,19 +193,19 @@ def test_an_agent_that_cannot_start_is_told_and_tried_again(tmp_path: Path) -> N
 
 
 def test_a_part_that_failed_half_way_counts_as_nothing(tmp_path: Path) -> None:
-    binder, _ = make(tmp_path)
+    binder, seen = make(tmp_path)
 
-    def bind(hash_: str, *paths: str) -> Any:
-        files = [{"path": path, "content": hash_.encode()} for path in paths]
-        return binder.apply(Bind(1, 1, {"files": files}, {"files": hash_}))
+    def bind(hash_: str) -> Any:
+        return binder.apply(Bind(1, 1, {"files": [{"path": "a", "content": hash_.encode()}]}, {"files": hash_}))
 
-    assert bind("one", "a", "b/c").ok
-    (tmp_path / "d").symlink_to(tmp_path)
-    failed = bind("two", "a", "d/c")
+    assert bind("one").ok
+    seen.refuse_files = UnsafePath("no")
+    failed = bind("two")
     assert (failed.ok, failed.applied) == (False, {})
-    # What was before is not what is there now, so it is not taken for done.
-    assert bind("one", "a", "b/c").ok
-    assert (tmp_path / "a").read_bytes() == b"one"
+    seen.refuse_files = None
+    # What was before may not be what is there now, so it is not taken for done.
+    assert bind("one").ok
+    assert seen.calls[-1] == ("files", [("a", b"one")])
 
 
 def test_too_many_files_are_refused_not_cut(tmp_path: Path) -> None:

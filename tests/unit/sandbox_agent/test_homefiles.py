@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,66 @@ def test_what_is_accepted_lies_below(path: str) -> None:
     except UnsafePath:
         return
     assert os.path.normpath(os.path.join("/home", *parts)).startswith("/home/")
+
+
+def test_a_link_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "dir").mkdir()
+    with homefiles.place(str(tmp_path), "any", make=False) as (directory, _):
+        for name in ("file", "link", "new"):
+            homefiles.link_in(directory, name, "/ram/target")
+            assert homefiles.target_of(directory, name) == "/ram/target"
+        with pytest.raises(OSError):
+            homefiles.link_in(directory, "dir", "/ram/target")
+        assert homefiles.target_of(directory, "dir") is None
+        assert homefiles.target_of(directory, "none") is None
+    assert sorted(os.listdir(tmp_path)) == ["dir", "file", "link", "new"]
+
+
+KINDS = ("nothing", "directory", "file", "pipe", "link out", "link to itself", "dangling")
+
+
+def plant(path: Path, kind: str, outside: Path) -> None:
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("theirs")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind != "nothing":
+        path.symlink_to({"link out": outside, "link to itself": path}.get(kind, "/nowhere/at/all"))
+
+
+@given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), st.sampled_from(["write", "link", "read", "remove"]))
+def test_whatever_was_planted_nothing_outside_is_touched_nor_read(kinds: list[str], action: str) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        home, outside = Path(root, "home"), Path(root, "outside")
+        home.mkdir()
+        outside.mkdir()
+        names = [f"d{number}" for number in range(len(kinds))]
+        for depth in range(len(kinds)):  # a link out must lead to something that would do
+            Path(outside, *names[depth + 1 : -1]).mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):
+                Path(outside, *names[depth + 1 :]).write_text("secret")
+        before = {path: path.stat().st_mtime_ns for path in (outside, *outside.rglob("*"))}
+        place = home
+        for name, kind in zip(names, kinds, strict=True):
+            place = place / name
+            plant(place, kind, outside)
+            if kind != "directory":
+                break
+        with suppress(UnsafePath, OSError):
+            if action == "write":
+                homefiles.write(str(home), "/".join(names), b"ours")
+            elif action == "remove":
+                homefiles.remove(str(home), "/".join(names))
+            else:
+                with homefiles.place(str(home), "/".join(names), make=action == "link") as (directory, name):
+                    if action == "link":
+                        homefiles.link_in(directory, name, "/ram/target")
+                    with homefiles.regular(directory, name) as own:
+                        assert own is None or os.read(own, 100) == b"theirs"
+        assert {path: path.stat().st_mtime_ns for path in (outside, *outside.rglob("*"))} == before
+        assert not [path for path in outside.rglob("*") if path.is_file() and path.read_text() != "secret"]
+        assert not list(home.rglob(".cortex-*"))
