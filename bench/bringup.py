@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
+from bench.host import facts
 from bench.lib import Report, median, percentile, pss_bytes, target
+from bench.variance import Run, default_path, groups, host_table, read, record, stage_table
 from sandbox_agent.wire import codec
 from tests.e2e.conftest import docker_missing, process_config
 from tests.e2e.harness import IMAGE, BrokerProcess, running
@@ -422,14 +426,45 @@ async def bench_agents(report: Report, rounds: int) -> None:
     report.tables[f"Real agent CLIs, driver docker, prompt → first frame in ms, {rounds} conversations each"] = rows
 
 
+async def vary(rounds: int, data: Path) -> Report:
+    """Cold starts of each driver in turns, recorded; and what the whole data set says."""
+    drivers = ["process"] + ([] if docker_missing() else ["docker"])
+    host, runs = facts(), []
+    place = Path(tempfile.mkdtemp(prefix="cx-"))
+    try:
+        async with AsyncExitStack() as stack:
+            brokers = {}
+            for driver in drivers:
+                (place / driver).mkdir()
+                brokers[driver] = await stack.enter_async_context(running(place / driver, driver, process_config()))
+            for number in range(rounds):
+                for driver, broker in brokers.items():
+                    seen = await cold(broker, f"v{number}")
+                    stages = {name: round(value * 1000, 3) for name, value in seen.items() if "PSS" not in name}
+                    runs.append(Run(time.time(), driver, host, stages))
+                    await broker.api("DELETE", f"/v1/sessions/v{number}/main")
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    record(data, runs)
+    known, report = read(data), Report("bringup-variance")
+    report.tables[f"Hosts, {len(known)} runs in {data.name}"] = host_table(known)
+    for (driver, where), of_host in groups(known).items():
+        report.tables[f"{driver} on {where}"] = stage_table(of_host)
+    report.figures["runs"] = [asdict(run) for run in runs]
+    return report
+
+
 def main(argv: list[str]) -> int:
     """Runs the benchmark; 1 when a target is missed."""
     parser = argparse.ArgumentParser(prog="cortex bench bringup", description=__doc__)
     parser.add_argument("--json", nargs="?", const="-", help="write the result as JSON; - for stdout")
     parser.add_argument("--long", action="store_true", help="three times the rounds")
-    parser.add_argument("--runs", type=int, default=0, help="rounds of cold starts")
+    parser.add_argument("--runs", type=int, default=0, help="only so many cold starts, added to the data set")
+    parser.add_argument("--data", type=Path, default=default_path(), help="the data set, JSON lines")
     arguments = parser.parse_args(argv)
-    rounds = arguments.runs or (21 if arguments.long else 7)
+    if arguments.runs:
+        return asyncio.run(vary(arguments.runs, arguments.data)).finish(arguments.json)
+    rounds = 21 if arguments.long else 7
     report = Report("bringup")
     hello = exec_to_hello(rounds)
     report.targets.append(target("agent server: exec → hello", "ms", median(hello) * 1000, 100))

@@ -57,7 +57,8 @@ class Report:
         for title, rows in self.tables.items():
             print(f"\n{title}\n{table(rows)}", file=out)
         verdicts = [[t.name, f"{t.value:g} {t.unit}", f"{t.limit:g}", "ok" if t.ok else "MISSED"] for t in self.targets]
-        print(f"\nTargets\n{table([['target', 'value', 'at most', ''], *verdicts])}", file=out)
+        if verdicts:
+            print(f"\nTargets\n{table([['target', 'value', 'at most', ''], *verdicts])}", file=out)
         for note in self.notes:
             print(note, file=out)
         if path:

@@ -16,13 +16,19 @@ from broker.errors import Code, CortexError
 
 
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="relay or bringup.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="relay, bringup or claim.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the list of targets.")] = False,
     long: Annotated[bool, typer.Option("--long", help="Also what takes longer than 9 minutes.")] = False,
+    runs: Annotated[
+        int | None, typer.Option("--runs", min=1, help="bringup: so many cold starts, added to the data set.")
+    ] = None,
 ) -> None:
     """Run a benchmark; exit 1 when a target is missed."""
     module = find(name)
+    if runs is not None and name != "bringup":
+        raise CortexError(Code.BAD_REQUEST, f"{name} takes no --runs", hint="cortex bench bringup --runs N")
     arguments = [flag for flag, on in (("--json", as_json), ("--long", long)) if on]
+    arguments += ["--runs", str(runs)] if runs is not None else []
     raise typer.Exit(module.main(arguments))
 
 
@@ -33,7 +39,7 @@ def find(name: str) -> ModuleType:
         raise CortexError(
             Code.NOT_FOUND,
             f"there is no benchmark {name[:40]!r} here",
-            hint="benchmarks are in the source tree, not in an installed package; names: relay, bringup",
+            hint="benchmarks are in the source tree, not in an installed package; names: relay, bringup, claim",
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
