@@ -160,7 +160,7 @@ async def test_an_image_of_a_registry_is_pulled_once_for_all_who_wait(
     async with asyncio.timeout(5):
         while not registry.pulls:
             await asyncio.sleep(0.005)
-    waiting.pop().cancel()  # the others do not depend on who asked first
+    waiting.pop(0).cancel()  # the others do not depend on who asked first
     registry.given.set()
     assert await asyncio.gather(*waiting) == ["sha256:abc"] * 2
     assert registry.pulls == 1
