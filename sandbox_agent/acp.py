@@ -10,21 +10,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from sandbox_agent import jsonrpc, records
 from sandbox_agent.agent_side import FAILED_HINT, AgentSide
+from sandbox_agent.ahead import Ahead, Kind
 from sandbox_agent.asks import Asks
+from sandbox_agent.calls import ClientCalls
 from sandbox_agent.clients import MAX_STRIKES, Client, adopt
 from sandbox_agent.conversations import Conversation, Conversations
+from sandbox_agent.hearing import Hearing
 from sandbox_agent.journal import GrantFn, Journal, JournalFailed
 from sandbox_agent.jsonrpc import Message
+from sandbox_agent.opening import Opening
 from sandbox_agent.outbox import Outbox
 from sandbox_agent.port import AgentChannel
 from sandbox_agent.requests import Requests
 from sandbox_agent.restorer import Restorer
+from sandbox_agent.servers import McpServers, Multiplexer
 from sandbox_agent.settings import AgentSettings
 from sandbox_agent.tasks import TaskOwner, log
 from sandbox_agent.turns import INTERRUPTED, Turns
@@ -34,32 +38,22 @@ HOLD_S = 120.0
 """Longest time that a client is held because journal or agent are not there."""
 CONGESTED_S = 0.02
 """Pause before an agent that took nothing is looked at again."""
-MAX_EARLY = 1000
-"""Lines of the agent that wait for the journal or for the answer that names their session."""
+AHEAD_PAUSE_S = 0.25
+"""With clients there, how long nothing is opened ahead of them: what they come for goes first."""
 GOODBYE_S = 0.5
 """How long ``close`` waits until clients have their close frames."""
 MESSAGES_A_TURN = 64
 """Messages of one client before others have a turn."""
 
 
-UPDATE = "notification"
-
-
-def is_update(message: Any) -> bool:
-    """The commonest message by far, told at a glance; ``jsonrpc.kind`` would say the same."""
-    return (
-        type(message) is dict
-        and message.get("method") == "session/update"
-        and "id" not in message
-        and message.get("jsonrpc") == "2.0"
-        and type(message.get("params")) is dict
-    )
-
-
 def status_message(state: str, code: str = "", what: str = "", hint: str = "", session_id: str = "") -> Message:
     """A ``_cortex/status`` notification; what is empty is left out."""
     params = {"state": state, "code": code, "what": what[:2000], "hint": hint, "sessionId": session_id}
     return {"jsonrpc": "2.0", "method": "_cortex/status", "params": {k: v for k, v in params.items() if v}}
+
+
+MakeHubMux = Callable[[Callable[[], str], Callable[[], None]], Multiplexer]
+"""Arguments: the directory that MCP servers run in, on_change."""
 
 
 class AcpHub:
@@ -70,20 +64,25 @@ class AcpHub:
     ``garbage``: lines from the agent that were no messages or that nobody asked for.
     """
 
-    def __init__(self, *, welcome: Welcome, grant: GrantFn, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        welcome: Welcome,
+        grant: GrantFn,
+        on_change: Callable[[], None],
+        mux: MakeHubMux | None,
+        spec: Callable[[], AgentSpec | None],
+    ) -> None:
         self.agent_info = ""
         self.open_turns = 0
         self.turns = 0
         self.clients = 0
         self.ahead = ""
-        self.garbage = 0
         self._welcome = welcome
         self._on_change = on_change
-        self._opened = False
+        self._loop = asyncio.get_running_loop()
         self._closed = False
         self._empty = asyncio.Event()
-        self._early: deque[bytes] = deque()
-        self._orphans: deque[tuple[str, bytes]] = deque()
         self._tasks = TaskOwner("acp")
         self._conversations = Conversations()
         self._journal = Journal(
@@ -97,44 +96,104 @@ class AcpHub:
         self._outbox = Outbox(self._journal, on_full=self._disk_full, limit=welcome.max_message_bytes)
         self._agent = AgentSide(on_ready=self._agent_changed)
         self._settings = AgentSettings(welcome.home)
+        self._servers = McpServers(
+            agent=self._agent,
+            make_mux=(lambda on_change: mux(lambda: self._settings.workspace.path, on_change)) if mux else None,
+            spec=spec,
+            tasks=self._tasks,
+            on_settled=self._tools_known,
+        )
+        self._listen_to_agent()
+        self._serve_requests()
+        self._congested: asyncio.TimerHandle | None = None
+        self._space: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
+        self._tick = self._loop.call_later(self._tick_s, self._look_at_clients)
+        if welcome.session:
+            self.claim(moved=False, keep_ahead=True)
+
+    def _listen_to_agent(self) -> None:
+        self._asks = Asks(agent=self._agent, outbox=self._outbox, conversations=self._conversations)
+        self._hearing = Hearing(
+            agent=self._agent,
+            asks=self._asks,
+            outbox=self._outbox,
+            conversations=self._conversations,
+            making=lambda: self._making,
+            limit=self._welcome.max_message_bytes,
+        )
+        self._ahead = self._hearing.ahead = Ahead(
+            agent=self._agent,
+            wanted=self._wanted_ahead,
+            prepare=self._settings.workspace.make,
+            on_change=self._changed,
+            on_made=self._hearing.session_named,
+            say=self._hearing.lines,
+        )
         self._restorer = Restorer(
             agent=self._agent,
             outbox=self._outbox,
             conversations=self._conversations,
             settings=self._settings,
+            servers=self._servers,
             on_lost=self._context_lost,
-            on_made=self._session_made,
+            on_made=self._hearing.session_named,
         )
         self._turns = Turns(
             agent=self._agent,
             outbox=self._outbox,
             conversations=self._conversations,
             restorer=self._restorer,
-            queue_length=welcome.prompt_queue,
+            servers=self._servers,
+            queue_length=self._welcome.prompt_queue,
             on_change=self._changed,
         )
-        self._asks = Asks(agent=self._agent, outbox=self._outbox, conversations=self._conversations)
+
+    def _serve_requests(self) -> None:
+        calls = ClientCalls(agent=self._agent, outbox=self._outbox)
+        self._opening = Opening(
+            agent=self._agent,
+            calls=calls,
+            outbox=self._outbox,
+            conversations=self._conversations,
+            restorer=self._restorer,
+            asks=self._asks,
+            settings=self._settings,
+            servers=self._servers,
+            ahead=self._ahead,
+            on_made=self._hearing.session_named,
+        )
         self._requests = Requests(
             agent=self._agent,
+            calls=calls,
+            opening=self._opening,
             outbox=self._outbox,
             conversations=self._conversations,
             restorer=self._restorer,
             turns=self._turns,
             asks=self._asks,
             settings=self._settings,
-            on_made=self._session_made,
         )
-        self._loop = asyncio.get_running_loop()
-        self._congested: asyncio.TimerHandle | None = None
-        self._space: asyncio.TimerHandle | None = None
-        self._tick = self._loop.call_later(self._tick_s, self._look_at_clients)
-        if welcome.session:
-            self.claim(moved=False, keep_ahead=True)
+
+    @property
+    def garbage(self) -> int:
+        """Lines from the agent that were no messages or that nobody asked for."""
+        return self._hearing.garbage
+
+    @property
+    def _opened(self) -> bool:
+        """The journal is there."""
+        return self._hearing.opened
 
     # -- the journal -----------------------------------------------------------------------------
 
     def claim(self, *, moved: bool, keep_ahead: bool) -> None:
         """Opens the journal, beside."""
+        if moved:
+            self._servers.home_moved()
+        if not keep_ahead:
+            self._ahead.forget()
+        self._look_ahead_soon()
         self._tasks.start(self._open_journal(), "open_journal", on_error=self._not_opened)
 
     async def _open_journal(self) -> None:
@@ -145,11 +204,10 @@ class AcpHub:
             end = {"of": seq, "message_id": message_id, "error": INTERRUPTED}
             self._outbox.note(records.END, end, self._conversations.by_number.get(number))
             self._conversations.interrupted_ended(number, message_id, {"error": INTERRUPTED})
-        self._opened = True
         for client in self._outbox.clients:
             self._introduce(client)
-        early, self._early = self._early, deque()
-        self.agent_lines(list(early))
+        self._hearing.begin()
+        self._outbox.flush()
         self._drain_all()
 
     def _not_opened(self, error: BaseException) -> None:
@@ -183,19 +241,20 @@ class AcpHub:
         """The process runs."""
         self.agent_info = ""
         self._agent.up(channel, spec)
+        self._servers.agent_up()
 
     def agent_lines(self, lines: list[bytes]) -> None:
         """Whole lines of the agent's output."""
-        for line in lines:
-            self._agent_line(line)
+        self._hearing.lines(lines)
         self._outbox.flush()
         self._mind_congestion()
 
     def agent_down(self, what: str, *, final: bool) -> None:
         """The process ended."""
         self.agent_info = ""
-        self._orphans.clear()
+        self._hearing.agent_down()
         self._asks.agent_down()
+        self._ahead.agent_down()
         self._agent.down(what or "it ended", final=final)
         for conversation in list(self._conversations.by_number.values()):
             self._restorer.agent_down(conversation)
@@ -210,74 +269,13 @@ class AcpHub:
             self.agent_info = jsonrpc.dumps(self._agent.info).decode()
             self._tell("ready")
             self._turns.kick()
+            self._look_ahead_soon()
         self._drain_all()
         self._changed()
 
-    def _agent_line(self, line: bytes) -> None:
-        if len(line) > self._welcome.max_message_bytes - jsonrpc.STAMP_BYTES:
-            self.garbage += 1
-            return
-        try:
-            message = jsonrpc.parse(line)
-            kind = UPDATE if is_update(message) else jsonrpc.kind(message)
-        except ValueError:
-            self.garbage += 1
-            return
-        if kind == "response":
-            if not self._agent.answered(message):
-                self.garbage += 1
-        elif not self._opened:
-            if len(self._early) < MAX_EARLY:
-                self._early.append(line)
-        elif kind == "request":
-            self._asks.ask(message)
-        else:
-            self._agent_notified(line, message)
-
-    def _agent_notified(self, line: bytes, message: Message) -> None:
-        method, params = message["method"], message.get("params")
-        if method.startswith(("_cortex/", "$/")):
-            if method == "$/cancel_request" and isinstance(params, dict):
-                self._asks.withdrawn(params.get("requestId"))
-            return
-        if not isinstance(params, dict) or "sessionId" not in params:
-            if method.startswith("session/"):
-                self.garbage += 1
-            else:
-                self._outbox.update(message, None, raw=line)
-            return
-        session_id = params["sessionId"]
-        if not isinstance(session_id, str) or not isinstance(params.get("update", {}), dict):
-            self.garbage += 1
-            return
-        conversation = self._conversations.by_agent_id.get(session_id)
-        if conversation is None:
-            self._orphan(session_id, line)
-        elif not conversation.quiet:
-            if conversation.id != session_id:
-                message, line = {**message, "params": {**params, "sessionId": conversation.id}}, b""
-            self._outbox.update(message, conversation, raw=line)
-            if conversation.track(params.get("update")):
-                self._outbox.note(records.CONVERSATION, conversation.saved(), conversation)
-
-    def _orphan(self, session_id: str, line: bytes) -> None:
-        """Said of a session whose ``session/new`` is not answered yet: kept until it is."""
-        if self._making and len(self._orphans) < MAX_EARLY:
-            self._orphans.append((session_id, line))
-        else:
-            self.garbage += 1
-
-    def _session_made(self) -> None:
-        orphans, self._orphans = self._orphans, deque()
-        for session_id, line in orphans:
-            if session_id in self._conversations.by_agent_id:
-                self._agent_line(line)
-            elif self._making:
-                self._orphans.append((session_id, line))
-
     @property
-    def _making(self) -> int:
-        return self._requests.making + self._restorer.making
+    def _making(self) -> bool:
+        return bool(self._opening.making or self._restorer.making or self._ahead.making)
 
     # -- clients ---------------------------------------------------------------------------------
 
@@ -431,17 +429,21 @@ class AcpHub:
     # -- the rest of the port --------------------------------------------------------------------
 
     def set_mcp(self, servers: list[dict[str, Any]]) -> str:
-        """The MCP servers of conversations to come."""
-        self._settings.set_servers(servers)
-        return self._effect()
+        """The configured MCP servers."""
+        self._servers.set(servers)
+        self._look_ahead_soon()
+        found = {self._servers.stale(c.opened) for c in self._conversations.by_number.values() if c.live}
+        return next((effect for effect in ("next_session", "next_turn") if effect in found), "now")
 
     def set_settings(self, settings: dict[str, Any]) -> str:
         """What the user allows, and where conversations run."""
         self._settings.set(settings)
-        return self._effect()
-
-    def _effect(self) -> str:
+        self._look_ahead_soon()
         return "next_session" if any(c.live for c in self._conversations.by_number.values()) else "now"
+
+    def _tools_known(self) -> None:
+        self._turns.kick()
+        self._outbox.flush()
 
     @property
     def pending(self) -> int:
@@ -450,13 +452,32 @@ class AcpHub:
 
     def _changed(self) -> None:
         self.open_turns, self.turns = self._turns.open, self._turns.accepted
+        self.ahead = self._ahead.state
         self._on_change()
+
+    # -- the conversation that is opened ahead ---------------------------------------------------
+
+    def _wanted_ahead(self) -> Kind | None:
+        if not self._settings.open_ahead or not self._servers.bound:
+            return None
+        params = {"cwd": self._settings.workspace.path, "mcpServers": self._servers.entries([])}
+        return Kind(params, self._servers.opened)
+
+    def _look_ahead_soon(self) -> None:
+        """When all of a bind is applied."""
+        if self._looking is None and not self._closed:
+            pause = AHEAD_PAUSE_S if self._outbox.clients else 0
+            self._looking = self._loop.call_later(pause, self._look_ahead)
+
+    def _look_ahead(self) -> None:
+        self._looking = None
+        self._ahead.look()
 
     async def close(self) -> None:
         """Journals what there is, lets clients go, syncs."""
         self._closed = True
         self._tick.cancel()
-        for timer in (self._congested, self._space):
+        for timer in (self._congested, self._space, self._looking):
             if timer is not None:
                 timer.cancel()
         self._outbox.flush()
@@ -465,6 +486,7 @@ class AcpHub:
         self._empty.clear()
         for client in list(self._outbox.clients):
             client.close(1001, "session.stopped: the sandbox stops; connect again to start it")
+        await self._servers.close()
         await self._tasks.close()
         if self._outbox.clients:
             with contextlib.suppress(TimeoutError):

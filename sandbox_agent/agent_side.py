@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from sandbox_agent import jsonrpc
 from sandbox_agent.jsonrpc import Message
@@ -36,7 +36,7 @@ def failed(what: str) -> Message:
     return {"error": error}
 
 
-def is_session_id(value: Any) -> bool:
+def is_session_id(value: Any) -> TypeGuard[str]:
     """May name an ACP session."""
     return isinstance(value, str) and 0 < len(value) <= jsonrpc.MAX_ID
 
@@ -80,6 +80,11 @@ class AgentSide:
         if name == "loadSession":
             return capabilities.get("loadSession") is True
         return isinstance(_object(capabilities.get("sessionCapabilities")).get(name), dict)
+
+    @property
+    def reopens(self) -> bool:
+        """It can open a conversation again that it has or had."""
+        return self.can("resume") or self.can("loadSession")
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -144,6 +149,11 @@ class AgentSide:
         if params is not None:
             message["params"] = params
         self.send(message)
+
+    def close_session(self, agent_id: Any) -> None:
+        """Has it forget a session that nobody will use, if it can and if that is one."""
+        if is_session_id(agent_id) and self.ready and self.can("close"):
+            self.call("session/close", {"sessionId": agent_id}, lambda reply: None)
 
     def respond(self, request_id: Any, outcome: Message) -> None:
         """Answers a request of the agent's."""

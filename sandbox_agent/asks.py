@@ -39,12 +39,15 @@ class Asks:
         self._conversations = conversations
         self._open: dict[int, Ask] = {}
 
-    def ask(self, message: Message) -> None:
-        """A request from the agent, already known to be one."""
+    def refused(self, message: Message) -> bool:
+        """Whether a request from the agent is one that nobody is asked; it has its answer then."""
         refusal = self._refusal(message["method"])
         if refusal is not None:
             self._agent.respond(message["id"], {"error": refusal})
-            return
+        return refusal is not None
+
+    def ask(self, message: Message) -> None:
+        """A request from the agent, already known to be one, and not ``refused``."""
         params = message.get("params")
         session_id = params.get("sessionId") if isinstance(params, dict) else None
         conversation = self._conversations.by_agent_id.get(session_id) if isinstance(session_id, str) else None

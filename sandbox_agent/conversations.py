@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sandbox_agent import jsonrpc, records
 from sandbox_agent.jsonrpc import Message
 from sandbox_agent.records import Record
+from sandbox_agent.servers import Opened
 
 if TYPE_CHECKING:
     from sandbox_agent.clients import Client
@@ -47,6 +48,9 @@ class Turn:
     """Id of the request at the agent, 0 until it is given to it."""
     cancelled: bool = False
     """The agent was told to end it."""
+    waits: bool = False
+    """For MCP servers; ``impatient``: it has waited long enough."""
+    impatient: bool = False
 
 
 @dataclass(eq=False)
@@ -67,8 +71,10 @@ class Conversation:
     """The agent process that runs now has it."""
     servers: list[dict[str, Any]] = field(default_factory=list)
     """MCP servers that a client was allowed to add."""
-    version: int = 0
-    """Version of the configured MCP servers that the agent opened it with."""
+    opened: Opened = field(default_factory=Opened)
+    """Versions of the configured MCP servers that the agent opened it with."""
+    fresh: bool = True
+    """No prompt has gone to the agent since that opened it."""
     restoring: bool = False
     refreshing: bool = False
     """It is opened again for other MCP servers; if that fails it goes on as it was."""
@@ -78,6 +84,11 @@ class Conversation:
     queue: deque[Turn] = field(default_factory=deque)
     subscribers: set[Client] = field(default_factory=set)
     when_live: list[WhenLive] = field(default_factory=list)
+
+    def went_live(self, opened: Opened) -> None:
+        """The agent has opened it."""
+        self.live = self.fresh = True
+        self.opened = opened
 
     def saved(self) -> dict[str, Any]:
         """What the journal keeps."""
@@ -176,6 +187,11 @@ class Conversations:
             if idle:
                 self.remove(min(idle, key=lambda c: c.at))
         return found
+
+    def named(self, params: Message) -> Conversation | None:
+        """The one that ``sessionId`` in a client's params names."""
+        session_id = params.get("sessionId")
+        return self.by_id.get(session_id) if isinstance(session_id, str) else None
 
     @property
     def full(self) -> bool:

@@ -9,6 +9,7 @@ from sandbox_agent.agent_side import AgentSide, failed, is_session_id
 from sandbox_agent.conversations import Conversation, Conversations, WhenLive
 from sandbox_agent.jsonrpc import Message
 from sandbox_agent.outbox import Outbox
+from sandbox_agent.servers import McpServers
 from sandbox_agent.settings import AgentSettings
 from sandbox_agent.tasks import log
 
@@ -29,6 +30,7 @@ class Restorer:
         outbox: Outbox,
         conversations: Conversations,
         settings: AgentSettings,
+        servers: McpServers,
         on_lost: Callable[[Conversation], None],
         on_made: Callable[[], None],
     ) -> None:
@@ -39,6 +41,7 @@ class Restorer:
         self._outbox = outbox
         self._conversations = conversations
         self._settings = settings
+        self._servers = servers
         self._on_lost = on_lost
 
     def ensure(self, conversation: Conversation, then: WhenLive) -> None:
@@ -60,11 +63,12 @@ class Restorer:
         else:
             self._anew(conversation)
 
-    def refresh(self, conversation: Conversation) -> None:
-        """Lets ``ensure`` open it again where the configured MCP servers have changed since it was opened."""
-        changed = conversation.version != self._settings.version
-        idle = conversation.live and conversation.turn is None and not conversation.restoring
-        if changed and idle and (self._agent.can("resume") or self._agent.can("loadSession")):
+    def refresh(self, conversation: Conversation, *, for_turn: bool = False) -> None:
+        """Lets ``ensure`` open it again where the configured MCP servers have changed since it was opened;
+        before a turn only for those that are to come with it."""
+        stale = self._servers.stale(conversation.opened)
+        idle = conversation.live and not conversation.restoring and not (conversation.turn and conversation.turn.call)
+        if idle and self._agent.reopens and (stale == "next_turn" if for_turn else stale):
             conversation.live, conversation.refreshing = False, True
 
     def _ask(self, conversation: Conversation, method: str) -> None:
@@ -115,7 +119,7 @@ class Restorer:
         conversation.restoring = conversation.refreshing = conversation.quiet = False
         error = reply if "error" in reply else None
         if error is None:
-            conversation.live, conversation.version = True, self._settings.version
+            conversation.went_live(conversation.opened)
             conversation.take_extras(reply.get("result"))
             self._outbox.note(records.CONVERSATION, conversation.saved(), conversation)
         self._tell(conversation, error)
@@ -137,7 +141,8 @@ class Restorer:
             self._settings.workspace.make(conversation.cwd)
         except OSError as error:
             log.warning("the workspace cannot be made: %s", error)
-        return {"cwd": conversation.cwd, "mcpServers": self._settings.servers(conversation.servers)}
+        conversation.opened = self._servers.opened
+        return {"cwd": conversation.cwd, "mcpServers": self._servers.entries(conversation.servers)}
 
     def agent_down(self, conversation: Conversation) -> None:
         """The process is gone, and what was under way with it."""

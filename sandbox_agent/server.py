@@ -26,7 +26,19 @@ from sandbox_agent.spawn import fill
 from sandbox_agent.streams import Streams
 from sandbox_agent.tasks import TaskOwner, log
 from sandbox_agent.wire.codec import WireError
-from sandbox_agent.wire.messages import Attach, Bind, Build, Built, Hello, Message, Probe, Status, Stop, Welcome
+from sandbox_agent.wire.messages import (
+    AgentSpec,
+    Attach,
+    Bind,
+    Build,
+    Built,
+    Hello,
+    Message,
+    Probe,
+    Status,
+    Stop,
+    Welcome,
+)
 
 SIGNAL_GRACE_S = 5.0
 COUNTS_S = 0.25
@@ -36,17 +48,20 @@ MAX_AGENT_INFO = 65_536
 REAP_EVERY_S = 2.0
 """Only as process 1, where orphans become ours."""
 
-MakeHub = Callable[[str, Welcome, Callable[[], None]], AgentHub]
-"""Arguments: the socket directory, the welcome, on_change."""
+MakeHub = Callable[[Booted, Welcome, Callable[[], None], Callable[[], AgentSpec | None]], AgentHub]
+"""Arguments: what boot left, the welcome, on_change, the agent that runs or will next."""
 
 
-def make_acp_hub(socket_dir: str, welcome: Welcome, on_change: Callable[[], None]) -> AgentHub:
+def make_acp_hub(
+    booted: Booted, welcome: Welcome, on_change: Callable[[], None], spec: Callable[[], AgentSpec | None]
+) -> AgentHub:
     """The real hub, with its journal."""
     from sandbox_agent.acp import AcpHub
     from sandbox_agent.journal_link import granter
 
-    path = os.path.join(socket_dir, "agent")
-    return AcpHub(welcome=welcome, grant=granter(lambda: path, lambda: welcome.secret), on_change=on_change)
+    path = os.path.join(booted.socket_dir, "agent")
+    grant = granter(lambda: path, lambda: welcome.secret)
+    return AcpHub(welcome=welcome, grant=grant, on_change=on_change, mux=None, spec=spec)
 
 
 def serve(booted: Booted, make_hub: MakeHub = make_acp_hub) -> int:
@@ -78,7 +93,7 @@ class Server:
         self._building = False
         path = os.path.join(booted.socket_dir, "agent")
         self.raw = RawClients(port=lambda: self.process.port, on_change=self._changed)
-        self.hub = make_hub(booted.socket_dir, welcome, self._changed)
+        self.hub = make_hub(booted, welcome, self._changed, lambda: self.process.upcoming)
         self.process = AgentProcess(
             hub=self.hub,
             surroundings=booted.surroundings,

@@ -1,4 +1,4 @@
-"""What a bind sets for conversations to come: MCP servers, the workspace, whose servers are allowed."""
+"""What a bind sets for conversations to come: the workspace, whose MCP servers are allowed, what is opened ahead."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ MAX_CLIENT_SERVERS = 64
 
 
 class AgentSettings:
-    """``version`` goes up when the MCP servers change, so that conversations know what they were opened with."""
+    """``open_ahead``: a conversation is to be opened before its client asks."""
 
     def __init__(self, home: str) -> None:
         self.workspace = Workspace(home)
-        self.version = 0
+        self.open_ahead = False
         self._allow_client_mcp = False
-        self._servers: list[dict[str, Any]] = []
-
-    def set_servers(self, servers: list[dict[str, Any]]) -> None:
-        """The configured MCP servers (ACP ``McpServer`` objects)."""
-        if servers != self._servers:
-            self._servers = [dict(server) for server in servers]
-            self.version += 1
 
     def set(self, settings: dict[str, Any]) -> None:
-        """``{"allow_client_mcp": bool, "workspace": str}``; what is missing is the default."""
+        """``{"allow_client_mcp": bool, "workspace": str, "open_ahead": bool}``; what is missing is the default."""
         self._allow_client_mcp = settings.get("allow_client_mcp") is True
+        self.open_ahead = settings.get("open_ahead") is True
         path = settings.get("workspace")
         self.workspace.set(path if isinstance(path, str) and "\0" not in path else "")
 
@@ -36,8 +30,3 @@ class AgentSettings:
             return []
         named = [s for s in wanted if isinstance(s, dict) and isinstance(s.get("name"), str)]
         return named[:MAX_CLIENT_SERVERS]
-
-    def servers(self, clients: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """For ``session/new``: the configured ones, then a client's with other names."""
-        taken = {server.get("name") for server in self._servers}
-        return [*self._servers, *(server for server in clients if server["name"] not in taken)]

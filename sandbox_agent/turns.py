@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,10 @@ from sandbox_agent.conversations import Conversation, Conversations, Turn, title
 from sandbox_agent.jsonrpc import Message
 from sandbox_agent.outbox import Outbox
 from sandbox_agent.restorer import Restorer
+from sandbox_agent.servers import McpServers
 
+TOOLS_S = 5.0
+"""How long the first prompt of a conversation waits for MCP servers to list their tools."""
 MAX_WAITERS = 128
 """Requests that may wait for one turn's answer."""
 DISK_FULL = jsonrpc.error(
@@ -41,6 +45,7 @@ class Turns:
         outbox: Outbox,
         conversations: Conversations,
         restorer: Restorer,
+        servers: McpServers,
         queue_length: int,
         on_change: Callable[[], None],
     ) -> None:
@@ -50,6 +55,7 @@ class Turns:
         self._outbox = outbox
         self._conversations = conversations
         self._restorer = restorer
+        self._servers = servers
         self._queue_length = queue_length
         self._on_change = on_change
 
@@ -129,6 +135,7 @@ class Turns:
     def _start(self, turn: Turn) -> None:
         if not self._agent.ready or self._agent.congested:
             return  # ``kick`` comes when that has changed
+        self._restorer.refresh(turn.conversation, for_turn=True)
         self._restorer.ensure(turn.conversation, lambda error: self._live(turn, error))
 
     def _live(self, turn: Turn, error: Message | None) -> None:
@@ -138,15 +145,32 @@ class Turns:
             if self._agent.ready or self._agent.broken:
                 self._finish(turn, error)
             return
+        if self._waits_for_tools(turn):
+            return
         if not self._note_start(turn):
             self._abandon(turn)
             return
         self._conversations.prompt_started(turn)
-        turn.conversation.quiet = False
+        turn.conversation.quiet = turn.conversation.fresh = False
         params = {**jsonrpc.without_cortex(turn.params), "sessionId": turn.conversation.agent_id}
         turn.params = {}
         call = self._agent.call("session/prompt", params, lambda reply: self._finish(turn, reply), deadline=False)
         turn.call = call or -1
+
+    def _waits_for_tools(self, turn: Turn) -> bool:
+        """So that the user's tools are in the agent's first request; ``kick`` comes when they are there."""
+        if not turn.conversation.fresh or self._servers.settled or turn.impatient:
+            return False
+        if not turn.waits:
+            turn.waits = True
+            asyncio.get_running_loop().call_later(TOOLS_S, self._waited, turn)
+        return True
+
+    def _waited(self, turn: Turn) -> None:
+        turn.impatient = True
+        if turn.conversation.turn is turn and not turn.call:
+            self._start(turn)
+            self._outbox.flush()
 
     def _note_start(self, turn: Turn) -> bool:
         """Before the agent gets it: a prompt that it may have seen is never given to it again."""
@@ -160,7 +184,7 @@ class Turns:
         """Starts what could not be started when it was due."""
         for conversation in list(self._conversations.by_number.values()):
             turn = conversation.turn
-            if turn is not None and not turn.call and not conversation.restoring:
+            if turn is not None and not turn.call and (turn.waits or not conversation.restoring):
                 self._start(turn)
 
     # -- ending ----------------------------------------------------------------------------------

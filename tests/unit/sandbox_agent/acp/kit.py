@@ -273,7 +273,9 @@ class Bench:
     def start(self, *, agent: Agent | None = None, up: bool = True, **welcome: Any) -> AcpHub:
         """A new hub; ``welcome`` overrides fields of the welcome."""
         self.welcome = replace(self.welcome, **welcome)
-        self._hub = AcpHub(welcome=self.welcome, grant=self.files.grant, on_change=self._changed)
+        self._hub = AcpHub(
+            welcome=self.welcome, grant=self.files.grant, on_change=self._changed, mux=None, spec=lambda: SPEC
+        )
         if agent is not None:
             self.agent = agent
         self.agent.hub = self._hub

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sandbox_agent import requests as requests_module
+from sandbox_agent import calls as calls_module
 from tests import host
 from tests.unit.sandbox_agent.acp.kit import Bench, Files, Message, Peer, of_kind
 from tests.unit.sandbox_agent.acp.test_durable import ROOT, small_disk, texts
@@ -131,7 +131,7 @@ async def test_closing_a_conversation_ends_what_goes_on_in_it(bench: Bench) -> N
 async def test_requests_that_the_agent_never_answers_do_not_stop_prompts(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests_module, "MAX_CALLS", 5)
+    monkeypatch.setattr(calls_module, "MAX_CALLS", 5)
     bench.start()
     peer, other = bench.connect(), bench.connect()
     session = await bench.session(peer)
