@@ -76,10 +76,12 @@ class Prepared:
 async def prepare(runtime: Runtime, subject: Subject, assembled: Assembled, home: str) -> Prepared:
     """Resolves MCP packages and computes parts and hashes; never waits for an install. Raises ``CortexError``."""
     config = runtime.config()
-    agent_of(config, subject.agent)
+    agent = agent_of(config, subject.agent)
     resolved = await runtime.shelf.resolve(servers(assembled.config), on_done=subject.on_package)
     warnings = [*assembled.warnings]
     warnings += [f"MCP server {name} is left out: {error}" for name, error in resolved.failed.items()]
+    files = await runtime.credentials.files(subject.user, subject.agent, agent) if subject.user else []
+    warnings += await runtime.credentials.warnings(subject.user) if subject.user else ()
     parts = wanted(
         runtime.installation_key,
         config,
@@ -88,6 +90,7 @@ async def prepare(runtime: Runtime, subject: Subject, assembled: Assembled, home
         home=home,
         image=runtime.image,
         mcp=resolved.servers,
+        files=files,
         generic=not subject.user,
     )
     return Prepared(assembled, parts, tuple(warnings))

@@ -1,7 +1,7 @@
 """What a sandbox should have, in parts that are hashed and sent on their own.
 
 ``boot`` is what the sandbox is made with (a change needs a new one), ``process`` what the agent
-reads when it starts, ``mcp`` and ``settings`` what a running agent server takes. Pure.
+reads when it starts, ``mcp``, ``settings`` and ``files`` what a running agent server takes. Pure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from broker.session.fingerprint import fingerprint, fingerprints
 from broker.session.sections import SandboxConfig
 from sandbox_agent.wire.messages import AgentSpec
 
-BOUND = ("process", "mcp", "settings")
+BOUND = ("process", "mcp", "settings", "files")
 """Parts that travel in a ``bind``."""
 KINDS = {"process": "settings", "settings": "settings", "mcp": "mcp", "files": "credentials"}
 """Metric label of each part."""
@@ -40,10 +40,23 @@ class Wanted:
         return {name: self.hashes[name] for name in BOUND}
 
 
-def agent_spec(name: str, agent: AgentConfig, user: SandboxConfig, *, home: str, init_timeout_s: float) -> AgentSpec:
-    """The agent's command with the user's environment, options and model laid over the operator's."""
+def agent_spec(
+    name: str,
+    agent: AgentConfig,
+    user: SandboxConfig,
+    *,
+    home: str,
+    init_timeout_s: float,
+    own_credential: bool = False,
+) -> AgentSpec:
+    """The agent's command with the user's environment, options and model laid over the operator's.
+
+    ``own_credential``: it finds one in a file, so placeholders must not stand before it.
+    """
     options = user.settings.agent.get(name)
-    env = {**agent.env, **user.env, **(options.env if options else {})}
+    given = {**agent.env, **agent.credential_env} if own_credential else agent.env
+    given = {key: value for key, value in given.items() if value or key not in agent.credential_env}
+    env = {**given, **user.env, **(options.env if options else {})}
     command = [*agent.command, *(options.args if options else ())]
     model = user.settings.model or agent.model
     if model:
@@ -86,12 +99,19 @@ def wanted(
     home: str,
     image: str,
     mcp: Sequence[Mapping[str, Any]],
+    files: Sequence[Mapping[str, Any]] = (),
     generic: bool = False,
 ) -> Wanted:
     """All parts for a session, or for a warm sandbox that is nobody's (``generic``). ``mcp``: the servers that can
-    be started now, as ACP objects; ``image``: what the driver runs sandboxes from."""
+    be started now, as ACP objects; ``image``: what the driver runs sandboxes from; ``files``: the agent's own
+    credential files."""
     spec = agent_spec(
-        agent_name, config.agents[agent_name], user, home=home, init_timeout_s=config.session.agent_init_timeout_s
+        agent_name,
+        config.agents[agent_name],
+        user,
+        home=home,
+        init_timeout_s=config.session.agent_init_timeout_s,
+        own_credential=bool(files),
     )
     values: dict[str, Any] = {
         "boot": _boot(user, image),
@@ -104,6 +124,7 @@ def wanted(
             "open_ahead": config.agents[agent_name].open_ahead
             in (("new", "any") if generic else ("own", "new", "any")),
         },
+        "files": [dict(file) for file in files],
     }
     return Wanted(spec, values, fingerprints(key, values), tuple(config.agents[agent_name].command))
 

@@ -300,7 +300,7 @@ async def test_a_restarted_session_begins_with_what_it_had_cached() -> None:
         assert slow.asked == 1
         slow.go.set()
         await again.wait_ready()
-        assert world.box.binds[-1].parts.keys() == {"mcp", "settings"}
+        assert world.box.binds[-1].parts.keys() == {"mcp", "settings", "files"}
 
 
 async def test_a_store_that_is_down_does_not_stop_what_works() -> None:

@@ -49,6 +49,27 @@ def test_the_users_environment_lies_over_the_operators_and_the_agents_options_ov
     assert spec.files == {".claude/settings.json": "{}"}
 
 
+def test_where_the_agent_has_a_credential_file_no_placeholder_stands_before_it() -> None:
+    agent = CONFIG.agents["plain"].model_copy(
+        update={"env": {"KEY": "placeholder", "URL": "a", "KEPT": ""}, "credential_env": {"KEY": "", "URL": "b"}}
+    )
+
+    def env(own: bool, config: SandboxConfig | None = None) -> dict[str, str]:
+        config = config or user()
+        return agent_spec("plain", agent, config, home="/h", init_timeout_s=9, own_credential=own).env
+
+    assert env(False) == {"KEY": "placeholder", "URL": "a", "KEPT": ""}
+    assert env(True) == {"URL": "b", "KEPT": ""}
+    assert env(True, user(env={"KEY": "mine"}))["KEY"] == "mine"
+
+
+def test_credential_files_are_a_part_of_their_own() -> None:
+    none, one = parts(user()), parts(user(), files=[{"path": ".x", "mode": 0o600, "content": b"{}"}])
+    assert changed(none, one) == {"files"}
+    assert none.values["files"] == []
+    assert "files" in one.bound_hashes
+
+
 def test_the_users_model_wins_and_no_model_names_none() -> None:
     config = user(settings={"model": "large"})
     spec = agent_spec("claude", CONFIG.agents["claude"], config, home="/h", init_timeout_s=9)
@@ -92,7 +113,7 @@ def test_equal_configurations_have_equal_hashes_whatever_was_written() -> None:
 
 def test_image_and_key_matter() -> None:
     assert changed(parts(user()), parts(user(), image="j")) == {"boot"}
-    assert changed(parts(user()), parts(user(), key=b"l")) == {"boot", "process", "mcp", "settings"}
+    assert changed(parts(user()), parts(user(), key=b"l")) == {"boot", "process", "mcp", "settings", "files"}
 
 
 def test_what_is_bound_is_sent_and_counted() -> None:
