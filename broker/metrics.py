@@ -99,10 +99,18 @@ VAULT_ALARMS = Counter(
 CREDENTIAL_REFRESHES = Counter(
     "cortex_credential_refreshes_total", "Renewals of OAuth tokens.", ("provider", "result"), registry=REGISTRY
 )
+IDLE_SECONDS = Counter(
+    "cortex_idle_seconds_total",
+    "Time that sessions were up though nobody used them; state: ready or paused.",
+    ("state",),
+    registry=REGISTRY,
+)
 CONFIG_RELOADS = Counter("cortex_config_reloads_total", "Reloads of config.toml.", ("result",), registry=REGISTRY)
 
 for _state in ("stopped", "starting", "ready", "paused", "stopping", "failed"):
     SESSIONS.labels(_state)
+for _state in ("ready", "paused"):
+    IDLE_SECONDS.labels(_state)
 for _direction in ("to_agent", "to_client"):
     RELAY_FRAMES.labels(_direction)
     RELAY_BYTES.labels(_direction)

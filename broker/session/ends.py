@@ -60,13 +60,15 @@ class Ends:
         if box is not self._custody.box or self._life.state not in ("ready", "paused"):
             return
         log.warning("sandbox_lost", session=self._life.row.id, slot=box.slot.id, reason=reason)
-        await self.stop(CortexError(code, reason[:400], hint="connect again: the session starts anew"))
+        why = CortexError(code, reason[:400], hint="connect again: the session starts anew")
+        await self.stop(why, served=self._life.state == "paused")
 
-    async def stop(self, why: CortexError) -> None:
-        """Ends what runs and puts away what is left. Raises why that cannot be done."""
+    async def stop(self, why: CortexError, *, served: bool = False) -> None:
+        """Ends what runs and puts away what is left. ``served``: clients that still wait for a stream stay; whoever
+        says so sees to it that they get one. Raises why that cannot be done."""
         if (self._life.state == "stopped" and self._custody.left is None) or not self._life.may(Event.STOP):
             return
-        await self._end(why, Event.STOPPED)
+        await self._end(why, Event.STOPPED, served=served)
 
     async def fail(self, error: CortexError) -> None:
         """It cannot be brought up, or a bug ended it."""
@@ -74,7 +76,7 @@ class Ends:
             log.warning("session_failed", session=self._life.row.id, error=str(error), hint=error.hint)
             await self._end(error, Event.FAILED)
 
-    async def _end(self, why: CortexError, event: Event) -> None:
+    async def _end(self, why: CortexError, event: Event, *, served: bool = False) -> None:
         """Whoever waits or is attached hears it first; then the sandbox is put away.
 
         Raises why that could not be done; the session has failed then, and it is tried again later.
@@ -89,7 +91,8 @@ class Ends:
         if life.may(Event.STOP):
             await life.move(Event.STOP, reason)
         if was_ready or event is Event.STOPPED:
-            self._clients.close(why.code.close_code, why.close_reason())
+            self._clients.rouse()
+            self._clients.close(why.code.close_code, why.close_reason(), served=served)
         left = await self._custody.put_away()
         if left is None:
             await life.move(event, reason, slot="")

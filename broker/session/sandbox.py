@@ -90,7 +90,10 @@ class Sandbox:
     agent: str = ""
     """Name of the agent that it was made for."""
     paused: bool = False
-    """Its processes stand still; whoever wants something of it resumes it first."""
+    """Its processes stand still, or may do so; whoever wants something of it resumes it first."""
+    pauses: int = 0
+    resumed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a pause has ended."""
     asked: bool = False
     """The engine was asked for a container; it may exist though no ``ref`` came back."""
     boot_hash: str = ""
@@ -190,16 +193,19 @@ class Sandbox:
     async def unresponsive(self) -> str:
         """Asks how the agent server is, every ``probe_interval_s``; returns why when it leaves that unanswered.
 
-        A connection that is gone is the link's to judge.
+        A connection that is gone is the link's to judge; one that is paused is not asked.
         """
         missed = 0
         while True:
-            interval = self.runtime.config().sandbox.probe_interval_s
+            if self.paused:
+                self.resumed.clear()
+                await self.resumed.wait()
+            interval, pauses = self.runtime.config().sandbox.probe_interval_s, self.pauses
             try:
                 self.pss_bytes = (await self.link.probe(timeout=min(PROBE_S, interval))).pss_bytes
                 missed = 0
             except CortexError as error:
-                missed += self.link.connected
+                missed += self.link.connected and pauses == self.pauses
                 if missed == PROBES:
                     return f"its agent server left {missed} questions in a row unanswered: {error}"
             if missed == 0:
@@ -285,15 +291,17 @@ class Sandbox:
         await self.runtime.driver.start(self.ref)
 
     async def pause(self) -> None:
-        """Lets none of its processes run. Raises ``CortexError``."""
-        await self.runtime.driver.pause(self.ref)
+        """Lets none of its processes run. Raises ``CortexError``; then it is not known whether they do."""
         self.paused = True
+        self.pauses += 1
+        await self.runtime.driver.pause(self.ref)
 
     async def resume(self) -> None:
         """Lets them go on; nothing when they do. Raises ``CortexError``."""
         if self.paused:
             await self.runtime.driver.resume(self.ref)
             self.paused = False
+            self.resumed.set()
 
     async def _save_row(self) -> None:
         await self.runtime.store.sandbox_save(self.row())
@@ -322,8 +330,7 @@ class Sandbox:
         A gateway that does not answer cannot keep a home in: its listeners are closed here and it is
         told again when it comes back.
         """
-        if grace_s > 0:
-            await self.resume()
+        if grace_s > 0 and await self._goes():
             await self.link.stop(grace_s)
         await self.link.close("the sandbox is stopped")
         try:
@@ -336,6 +343,14 @@ class Sandbox:
             self.runtime.slots.release_home(self.slot.id, self.owner.home_key)
         await self.runtime.slots.remove(self.slot.id)
         await self.runtime.store.sandbox_delete(self.slot.id)
+
+    async def _goes(self) -> bool:
+        """Whether it can be asked to end: one that is paused has to be resumed for it."""
+        try:
+            await self.resume()
+        except CortexError as error:
+            log.warning("not_resumed_to_end", slot=self.slot.id, error=str(error))
+        return not self.paused
 
     async def _end(self, grace_s: float) -> None:
         """Returns when no process of it lives."""
