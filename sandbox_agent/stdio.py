@@ -63,7 +63,7 @@ class LineBuffer:
 
 class AgentStdio:
     """Satisfies ``port.AgentChannel``. ``on_lines`` gets stdout; ``on_hung`` is called once when stdin is stuck, or,
-    if it ``must_talk``, when it lives on after it has closed stdin or stdout."""
+    if it ``must_talk``, when it lives on after it has closed stdin or stdout; ``on_dropped`` for lines too long."""
 
     def __init__(
         self,
@@ -73,12 +73,14 @@ class AgentStdio:
         on_lines: Callable[[list[bytes]], None],
         on_hung: Callable[[], None],
         must_talk: bool = True,
+        on_dropped: Callable[[], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._child = child
         self._lines = LineBuffer(max_line)
         self._on_lines = on_lines
         self._on_hung = on_hung
+        self._on_dropped = on_dropped
         self._tail = bytearray()
         self._waiting: deque[memoryview] = deque()
         self._unread = 0
@@ -155,9 +157,12 @@ class AgentStdio:
     def _read_stdout(self) -> bool:
         """True when there was something."""
         data = self._read(self._child.stdout)
+        dropped = self._lines.dropped
         lines = self._lines.feed(data) if data else []
         if lines:
             self._on_lines(lines)
+        if self._lines.dropped > dropped and self._on_dropped is not None:
+            self._on_dropped()
         return bool(data)
 
     def _read_stderr(self) -> None:
