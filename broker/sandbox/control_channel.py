@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 
 from broker.sandbox.limits import LinkLimits, TokenBucket
 from sandbox_agent.wire.codec import MAX_MESSAGE, Decoder, WireError, pack
-from sandbox_agent.wire.messages import FROM_SANDBOX, MAX_TEXT, Message, parse
+from sandbox_agent.wire.messages import FROM_SANDBOX, MAX_CREDENTIAL_FILE, MAX_TEXT, Message, parse
 
 _READ = 65_536
 _MAX_BUFFERED = 2 * MAX_MESSAGE
@@ -102,6 +102,8 @@ def checked(message: Message) -> Message:
             raise WireError(f"{message.TYPE}.{name} is too long")
         if isinstance(value, dict) and len(value) > _MAX_ITEMS:
             raise WireError(f"{message.TYPE}.{name} has too many entries")
+        if isinstance(value, bytes) and len(value) > MAX_CREDENTIAL_FILE:
+            raise WireError(f"{message.TYPE}.{name} is too big")
     agent = getattr(message, "agent", None)
     if agent is not None and agent not in _AGENT_STATES:
         raise WireError(f"{message.TYPE}.agent is no state: {agent[:40]!r}")

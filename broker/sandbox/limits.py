@@ -27,6 +27,9 @@ class LinkLimits:
     message_burst: int = 1000
     messages_per_s: float = 200.0
     max_message_bytes: int = 256 * 2**10
+    refreshed_burst: int = 32
+    """Credential files that an agent has changed; its agent server tells of each at most once a second."""
+    refreshed_per_s: float = 8.0
 
 
 class TokenBucket:

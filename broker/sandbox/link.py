@@ -20,7 +20,7 @@ from broker.sandbox.control_channel import ControlChannel, Flood
 from broker.sandbox.gate import Gate
 from broker.sandbox.grants import Grants
 from broker.sandbox.journal_files import JournalFiles
-from broker.sandbox.limits import LinkLimits
+from broker.sandbox.limits import LinkLimits, TokenBucket
 from broker.sandbox.questions import Answer, Questions
 from broker.sandbox.sockets import SlotSockets
 from broker.sandbox.streams import IdleStreams
@@ -35,6 +35,7 @@ from sandbox_agent.wire.messages import (
     Message,
     Preamble,
     Probe,
+    Refreshed,
     Status,
     Stop,
     Welcome,
@@ -60,9 +61,10 @@ class Link:
     welcome from an earlier run of the broker and presents its secret). ``on_hello(link, hello)`` answers
     with the Welcome and must have made durable that this incarnation was welcomed; ``incarnation`` and
     ``secret`` in it are filled in here. It is called again when the agent server redials. ``on_status``
-    hears each Status; ``on_lost(reason)`` is called once, when the sandbox has to be replaced: control
-    gone for ``redial_timeout_s``, or too many violations. The three callables and ``journal`` may be
-    replaced (a generic sandbox that is claimed).
+    hears each Status; ``on_refreshed`` hears of each credential file that the agent has changed, and without it
+    such a message breaks the protocol; ``on_lost(reason)`` is called once, when the sandbox has to be replaced:
+    control gone for ``redial_timeout_s``, or too many violations. The callables and ``journal`` may be replaced
+    (a generic sandbox that is claimed).
 
     Every call raises ``CortexError`` (``SANDBOX_DIED``) once the link is closed or lost.
     """
@@ -76,6 +78,7 @@ class Link:
         on_hello: Callable[[Link, Hello], Awaitable[Welcome]],
         on_status: Callable[[Status], None],
         on_lost: Callable[[str], None],
+        on_refreshed: Callable[[Refreshed], None] | None = None,
         journal: JournalFiles | None = None,
         welcomed: bool = False,
         limits: LinkLimits | None = None,
@@ -85,6 +88,7 @@ class Link:
         self.on_hello = on_hello
         self.on_status = on_status
         self.on_lost = on_lost
+        self.on_refreshed = on_refreshed
         self.journal = journal
         self.hello: Hello | None = None
         """The last Hello; None before the first."""
@@ -93,6 +97,7 @@ class Link:
         self.violations = 0
         self._secret = incarnation_secret(installation_key, self.slot, incarnation)
         self._limits = limits or LinkLimits()
+        self._refreshed = TokenBucket(self._limits.refreshed_burst, self._limits.refreshed_per_s)
         self._accepted = welcomed
         self._tasks = TaskOwner(f"link.{self.slot}.{incarnation}")
         self._gate = Gate(sockets.agent, self._limits, self._tasks, admit=self._admit, violation=self._violation)
@@ -323,8 +328,16 @@ class Link:
             self.status = message
             if not self._dead:
                 self.on_status(message)
+        elif isinstance(message, Refreshed):
+            self._told_of(message)
         elif isinstance(message, Hello):
             raise WireError("a second hello")
+
+    def _told_of(self, refreshed: Refreshed) -> None:
+        if self.on_refreshed is None or not self._refreshed.take(asyncio.get_running_loop().time()):
+            self._violation("refreshed")
+        elif not self._dead:
+            self.on_refreshed(refreshed)
 
     def _ended(self, channel: ControlChannel) -> None:
         if self._channel is not channel:

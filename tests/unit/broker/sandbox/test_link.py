@@ -15,7 +15,7 @@ from broker.sandbox.limits import LinkLimits
 from broker.sandbox.link import incarnation_secret
 from broker.sandbox.sockets import SlotSockets
 from sandbox_agent.wire.codec import Decoder
-from sandbox_agent.wire.messages import Attach, Bound, Build, Built, Status, Stop
+from sandbox_agent.wire.messages import MAX_CREDENTIAL_FILE, Attach, Bound, Build, Built, Refreshed, Status, Stop
 from tests.unit.broker.sandbox.link_rig import ATTACH, KEY, hung_up, paired, served, soon
 from tests.unit.broker.sandbox.scripted_agent import read, say
 
@@ -76,6 +76,22 @@ async def test_status_is_told_and_kept(sockets: SlotSockets) -> None:
         assert (await soon(pair.owner.statuses.get())).agent == "starting"
         assert (await soon(pair.owner.statuses.get())).agent == "ready"
         assert pair.link.status == Status(agent="ready", agent_info="{}")
+
+
+async def test_a_refreshed_credential_file_is_told_until_the_last_moment(sockets: SlotSockets) -> None:
+    heard: list[Refreshed] = []
+    async with paired(sockets, on_refreshed=heard.append) as pair:
+        await pair.agent.hello()
+        await pair.link.wait_hello(5)
+        first, last = Refreshed(".a/auth.json", b'{"a": 1}'), Refreshed(".a/auth.json", b"x" * MAX_CREDENTIAL_FILE)
+        await pair.agent.send(first)
+        stopping = asyncio.create_task(pair.link.stop(5))
+        assert isinstance(await pair.agent.receive(), Stop)
+        await pair.agent.send(last)
+        pair.agent.close()
+        await soon(stopping)
+        assert heard == [first, last]
+        assert pair.link.violations == 0
 
 
 async def test_build_is_answered_by_built(sockets: SlotSockets) -> None:

@@ -15,7 +15,7 @@ from broker.errors import Code, CortexError
 from broker.sandbox.limits import LinkLimits, TokenBucket
 from broker.sandbox.sockets import SlotSockets
 from sandbox_agent.wire.codec import MAX_PREAMBLE, pack
-from sandbox_agent.wire.messages import Built, Hello, Preamble, Status
+from sandbox_agent.wire.messages import MAX_CREDENTIAL_FILE, Built, Hello, Preamble, Refreshed, Status
 from tests.unit.broker.sandbox.link_rig import ATTACH, hung_up, paired, served, soon
 from tests.unit.broker.sandbox.scripted_agent import ScriptedAgent, read, say
 
@@ -97,8 +97,11 @@ async def test_a_bad_connection_is_closed_and_counted_and_nobody_else_notices(
         {"t": "status", "agent": 5},
         {"t": "stop"},
         {"t": "built", "id": 1, "ok": True, "bins": {str(n): "x" for n in range(2000)}},
+        {"t": "refreshed", "path": "p", "content": b"x" * (MAX_CREDENTIAL_FILE + 1)},
+        {"t": "refreshed", "path": "p" * 70_000, "content": b"{}"},
+        {"t": "refreshed", "path": "p", "content": "text"},
     ],
-    ids=["second hello", "answer to nothing", "state", "long", "type", "ours", "many"],
+    ids=["second hello", "answer to nothing", "state", "long", "type", "ours", "many", "big", "long path", "no bytes"],
 )
 async def test_a_bad_message_on_control_ends_that_connection(sockets: SlotSockets, message: dict[str, Any]) -> None:
     async with paired(sockets) as pair:
@@ -112,6 +115,29 @@ async def test_a_bad_message_on_control_ends_that_connection(sockets: SlotSocket
         assert pair.owner.statuses.empty()
         await pair.agent.hello()
         await served(pair)
+
+
+async def test_a_flood_of_refreshed_files_is_counted_dropped_and_in_the_end_loses_the_sandbox(
+    sockets: SlotSockets,
+) -> None:
+    heard: list[Refreshed] = []
+    limits = LinkLimits(refreshed_burst=3, refreshed_per_s=0.001, max_violations=5)
+    async with paired(sockets, limits=limits, on_refreshed=heard.append) as pair:
+        await pair.agent.hello()
+        for _ in range(3 + limits.max_violations):
+            await pair.agent.send(Refreshed("p", b"{}"))
+        await served(pair)
+        assert (len(heard), pair.link.violations) == (3, 5)
+        await pair.agent.send(Refreshed("p", b"{}"))
+        assert "refreshed" in await soon(pair.owner.lost.get())
+
+
+async def test_a_sandbox_without_credentials_cannot_send_any(sockets: SlotSockets) -> None:
+    async with paired(sockets) as pair:
+        await pair.agent.hello()
+        await pair.agent.send(Refreshed("p", b"{}"))
+        await served(pair)
+        assert pair.link.violations == 1
 
 
 async def test_an_answer_of_another_kind_is_a_violation(sockets: SlotSockets) -> None:
