@@ -105,6 +105,27 @@ IDLE_SECONDS = Counter(
     ("state",),
     registry=REGISTRY,
 )
+ACTIVITY_DROPPED = Counter(
+    "cortex_activity_dropped_total", "What users did, not remembered because the store was too slow.", registry=REGISTRY
+)
+FORECAST = Counter(
+    "cortex_forecast_total",
+    "Forecasts held against who came: hit, miss (came though not expected), wasted (did not come).",
+    ("result",),
+    registry=REGISTRY,
+)
+FORECAST_READY = Counter(
+    "cortex_forecast_ready_seconds_total",
+    "How long sandboxes waited for users who were expected, or would have.",
+    ("result",),
+    registry=REGISTRY,
+)
+PREPARED = Counter(
+    "cortex_prepared_total",
+    "What was looked after for active users at quiet times. what: home, packages or credentials.",
+    ("what", "result"),
+    registry=REGISTRY,
+)
 CONFIG_RELOADS = Counter("cortex_config_reloads_total", "Reloads of config.toml.", ("result",), registry=REGISTRY)
 
 for _state in ("stopped", "starting", "ready", "paused", "stopping", "failed"):
