@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -22,8 +22,6 @@ from broker.control.api import ControlServer
 from broker.control.routes import Control
 from broker.errors import CortexError
 from broker.front.door import FrontDoor
-from broker.gateway.child import GatewayChild
-from broker.gateway.link import GatewayLink
 from broker.host import logs
 from broker.host.files import raise_file_limit
 from broker.host.lag import LagMeter
@@ -34,29 +32,18 @@ from broker.host.tasks import TaskOwner
 from broker.host.watch import watch
 from broker.metrics import CONFIG_RELOADS
 from broker.readiness import readiness
-from broker.sandbox.drivers import make_driver, sandbox_uid
-from broker.sandbox.packages import PackageShelf
-from broker.sandbox.reconcile import reconcile
-from broker.sandbox.slots import Slots
-from broker.session.assembly import Assembler
-from broker.session.directory import Solo
-from broker.session.providers import BuilderNetwork, FileCredentials
 from broker.session.registry import Registry
-from broker.session.sandbox import Runtime
 from broker.session.sections import default_problems
-from broker.session.sources import FilesSource, HttpSource, StoreSource
 from broker.session.userfiles import UserFiles
 from broker.settings import Loaded, changed, load
+from broker.stack import Stack, state_dir, users_dir
 from broker.store.db import Database
 from broker.store.identity import load as load_identity
-from broker.store.packages import PackageStore
-from broker.store.sessions import SessionStore
 from broker.store.tokens import TokenStore
 from broker.store.users import UserStore
 
 log = structlog.get_logger(__name__)
 
-GATEWAY_WAIT_S = 5.0
 LAG_LIMIT_S = 5.0
 """Loop lag at which the watchdog is no longer fed."""
 CHECKS = (default_problems,)
@@ -95,9 +82,11 @@ class Broker:
         self._lag.start()
         self._open.callback(self._lag.stop)
         await self._open_state()
-        await self._open_sandboxes()
-        await self._take_over()
-        await self._meet_gateway()
+        self.stack = Stack(self.config, self._tasks, self._open, self.db, self.identity)
+        await self.stack.open()
+        self.registry = self.stack.registry
+        await self.stack.take_over()
+        await self.stack.meet_gateway()
         await self._open_doors()
         # What is there now stays: the collector need not walk it while clients wait.
         gc.collect()
@@ -107,83 +96,13 @@ class Broker:
 
     async def _open_state(self) -> None:
         config = self.config()
-        state_dir, runtime_dir = _place(config.broker.state_dir), _place(config.broker.runtime_dir)
-        runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.db = await Database.open(state_dir)
+        assert config.broker.runtime_dir is not None, "settings.load resolves every directory"
+        config.broker.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.db = await Database.open(state_dir(config))
         self._open.push_async_callback(self.db.close)
         self._open.push_async_callback(self._tasks.close)
-        self.identity = await asyncio.to_thread(load_identity, state_dir)
-        self.store = SessionStore(self.db)
+        self.identity = await asyncio.to_thread(load_identity, state_dir(config))
         self.users = UserStore(self.db)
-
-    async def _open_sandboxes(self) -> None:
-        config = self.config()
-        self.slots = Slots(_place(config.broker.state_dir), uid=sandbox_uid(config))
-        self.slots.check()
-        self.driver = make_driver(config, self.identity.id, self._tasks, self.slots)
-        self._open.push_async_callback(self.driver.close)
-        await self.driver.open()
-        self.gateway = GatewayLink(
-            Path(config.gateway.link),
-            self._tasks,
-            settings=lambda: self.config().gateway,
-            on_report=lambda facts: log.info("gateway_report", **facts),
-        )
-        self._open.push_async_callback(self.gateway.close)
-        await self.gateway.start()
-        self.gateway_child = GatewayChild(
-            self.gateway, self._tasks, log_level=config.broker.log_level, log_format=config.broker.log_format
-        )
-        self._open.push_async_callback(self._stop_gateway)
-        if config.gateway.mode == "child":
-            await self.gateway_child.start()
-        self.shelf = PackageShelf(
-            driver=self.driver,
-            slots=self.slots,
-            index=PackageStore(self.db),
-            network=BuilderNetwork(self.gateway, self.config),
-            config=self.config,
-            installation_key=self.identity.key,
-        )
-        self.http_source = HttpSource(self.config)
-        sources = (FilesSource(_place(config.broker.users_dir)), self.http_source, StoreSource(self.users))
-        runtime = Runtime(
-            config=self.config,
-            driver=self.driver,
-            slots=self.slots,
-            gateway=self.gateway,
-            store=self.store,
-            assembler=Assembler(sources, self.config),
-            shelf=self.shelf,
-            credentials=FileCredentials(),
-            installation_key=self.identity.key,
-            image=config.sandbox.docker.image if self.driver.name == "docker" else self.driver.name,
-        )
-        self.registry = Registry(runtime, Solo(config.broker.node))
-        for part in (self.http_source, self.shelf, self.registry):
-            self._open.push_async_callback(part.close)
-        self.registry.start()
-
-    async def _take_over(self) -> None:
-        """What the last broker left running goes on; what nobody knows any more goes away."""
-        rows = await self.store.sandboxes()
-        outcome = await reconcile(self.driver, self.slots, rows, self.store.sandbox_delete)
-        settling = await self.registry.adopt_all(outcome.adopted)
-        self._tasks.start(self._complete_table(settling), "gateway_table")
-        self._tasks.start(self.slots.empty_trash(), "empty_trash")
-
-    async def _complete_table(self, settling: Sequence[asyncio.Task[None]]) -> None:
-        """Told too early, a gateway that lived on would cut the model calls of turns that go on."""
-        if settling:
-            await asyncio.wait(settling)
-        await self.gateway.table_complete()
-
-    async def _meet_gateway(self) -> None:
-        """A start waits for the gateway, so that the first session need not; without one it serves all the same."""
-        try:
-            await self.gateway.wait_connected(GATEWAY_WAIT_S)
-        except CortexError as error:
-            log.error("gateway_missing", error=str(error), hint=error.hint)
 
     async def _open_doors(self) -> None:
         config = self.config()
@@ -195,7 +114,7 @@ class Broker:
         )
         front = listen(config.front.listen, "front.listen", self._passed)
         control = listen(config.control.listen, "control.listen", self._passed)
-        if not self.driver.isolated:
+        if not self.stack.driver.isolated:
             require_local(front, "front.listen")
             require_local(control, "control.listen")
         self.front_url, self.control_url = url(front, "ws"), url(control, "http")
@@ -210,11 +129,11 @@ class Broker:
 
     async def _watch(self) -> None:
         """Returns when changes are seen from."""
-        users_dir = _place(self.config().broker.users_dir)
-        users_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        files = UserFiles(users_dir, self.registry, self._tasks)
+        directory = users_dir(self.config())
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files = UserFiles(directory, self.registry, self._tasks)
         users, file = asyncio.Event(), asyncio.Event()
-        self._tasks.start(watch(users_dir, files.changed, recursive=True, started=users), "watch_users")
+        self._tasks.start(watch(directory, files.changed, recursive=True, started=users), "watch_users")
         await users.wait()
         if self._loaded.path is not None:
             self._tasks.start(watch(self._loaded.path.parent, self._file_changed, started=file), "watch_config")
@@ -222,7 +141,7 @@ class Broker:
 
     async def health(self) -> dict[str, str]:
         """What readiness depends on: "" is good, else what is wrong."""
-        return await readiness(self.db, self.driver, self.gateway, _place(self.config().broker.state_dir))
+        return await readiness(self.db, self.stack.driver, self.stack.gateway, state_dir(self.config()))
 
     # -- changes while running -----------------------------------------------------------------
 
@@ -248,8 +167,7 @@ class Broker:
             if "broker.log_level" in keys:
                 logs.set_level(new.config.broker.log_level)
             if keys:
-                self.registry.settings_reloaded()
-                await self.gateway.settings_changed()
+                await self.stack.settings_changed()
         self._notifier.ready(self._status())
 
     # -- run and stop --------------------------------------------------------------------------
@@ -291,19 +209,3 @@ class Broker:
     async def stop(self) -> None:
         """Lets go of everything, from the doors inwards; sandboxes go on, and their gateway. Idempotent."""
         await self._open.aclose()
-
-    async def _stop_gateway(self) -> None:
-        """It stays for the sandboxes that go on."""
-        try:
-            needed = bool(self.slots.ids())
-        except CortexError as error:
-            log.error("state_unreadable", error=str(error), hint=error.hint)
-            needed = False
-        if not needed:
-            await self.gateway_child.stop(2.0)
-
-
-def _place(path: Path | None) -> Path:
-    """A directory that the settings have resolved."""
-    assert path is not None, "settings.load resolves every directory"
-    return path

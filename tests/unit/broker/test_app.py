@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 import structlog
 
-from broker import app
+from broker import app, stack
 from broker.app import CHECKS, Broker
 from broker.errors import Code, CortexError
 from broker.sandbox.fake import FakeDriver, FakeEngine
@@ -71,7 +71,7 @@ class Place:
 async def place(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
     base = Path(tempfile.mkdtemp(prefix="ctx-", dir="/tmp"))
     made = Place(base)
-    monkeypatch.setattr(app, "make_driver", lambda *args: FakeDriver(made.engine))
+    monkeypatch.setattr(stack, "make_driver", lambda *args: FakeDriver(made.engine))
     monkeypatch.setattr(app, "raise_file_limit", lambda: None)
     try:
         yield made
@@ -115,7 +115,7 @@ async def test_sandboxes_outlive_a_broker_and_the_next_one_has_them(place: Place
         assert "start it" in (await second.health())["engine"]
         place.engine.error = None
     await again.stop()
-    assert second.slots.ids() == []
+    assert second.stack.slots.ids() == []
 
 
 async def test_files_that_change_reach_a_running_session(place: Place) -> None:
@@ -188,7 +188,7 @@ async def test_an_address_that_is_taken_is_told_by_its_key_and_leaves_nothing_op
 async def test_without_isolation_only_this_host_is_served(
     place: Place, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setattr(app, "make_driver", lambda *args: FakeDriver(place.engine, isolated=False))
+    monkeypatch.setattr(stack, "make_driver", lambda *args: FakeDriver(place.engine, isolated=False))
     broker = place.broker(**{f"{key}__listen": "0.0.0.0:0"})
     with pytest.raises(CortexError) as caught:
         await broker.start()
@@ -214,8 +214,8 @@ async def test_a_signal_ends_it_in_good_order(place: Place) -> None:
 async def test_a_stop_closes_everything_although_its_state_is_gone(place: Place) -> None:
     broker = place.broker()
     await broker.start()
-    pid = broker.gateway.peer_pid
-    shutil.rmtree(broker.slots.packages_dir.parent / "slots")
+    pid = broker.stack.gateway.peer_pid
+    shutil.rmtree(broker.stack.slots.packages_dir.parent / "slots")
     await broker.stop()
     with pytest.raises(CortexError):
         await broker.db.read("SELECT 1")

@@ -1,0 +1,167 @@
+"""What sessions are made of, from the driver up to the registry: opened in order, taken over, reloaded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import structlog
+
+from broker.config import Config
+from broker.errors import CortexError
+from broker.gateway.child import GatewayChild
+from broker.gateway.link import GatewayLink
+from broker.host.tasks import TaskOwner
+from broker.sandbox.drivers import make_driver, sandbox_uid
+from broker.sandbox.packages import PackageShelf
+from broker.sandbox.reconcile import reconcile
+from broker.sandbox.slots import Slots
+from broker.session.assembly import Assembler
+from broker.session.directory import Solo
+from broker.session.pool import Pool
+from broker.session.providers import BuilderNetwork, FileCredentials
+from broker.session.registry import Registry
+from broker.session.sandbox import Runtime
+from broker.session.sources import FilesSource, HttpSource, StoreSource
+from broker.session.warm import WarmMaker
+from broker.store.db import Database
+from broker.store.identity import Identity
+from broker.store.packages import PackageStore
+from broker.store.sessions import WARM, SessionStore
+from broker.store.users import UserStore
+
+log = structlog.get_logger(__name__)
+
+GATEWAY_WAIT_S = 5.0
+
+
+class Stack:
+    """``open`` opens it all; ``closing`` then closes what was opened, whatever failed on the way."""
+
+    def __init__(
+        self, config: Callable[[], Config], tasks: TaskOwner, closing: AsyncExitStack, db: Database, identity: Identity
+    ) -> None:
+        self._config = config
+        self._tasks = tasks
+        self._closing = closing
+        self._db = db
+        self._identity = identity
+        self._store = SessionStore(db)
+
+    async def open(self) -> None:
+        """Raises ``CortexError``."""
+        await self._open_driver()
+        await self._open_gateway()
+        self._open_sessions()
+
+    async def _open_driver(self) -> None:
+        config = self._config()
+        self.slots = Slots(state_dir(config), uid=sandbox_uid(config))
+        self.slots.check()
+        self.driver = make_driver(config, self._identity.id, self._tasks, self.slots)
+        self._closing.push_async_callback(self.driver.close)
+        await self.driver.open()
+
+    async def _open_gateway(self) -> None:
+        config = self._config()
+        self.gateway = GatewayLink(
+            Path(config.gateway.link),
+            self._tasks,
+            settings=lambda: self._config().gateway,
+            on_report=lambda facts: log.info("gateway_report", **facts),
+        )
+        self._closing.push_async_callback(self.gateway.close)
+        await self.gateway.start()
+        self._child = GatewayChild(
+            self.gateway, self._tasks, log_level=config.broker.log_level, log_format=config.broker.log_format
+        )
+        self._closing.push_async_callback(self._stop_gateway)
+        if config.gateway.mode == "child":
+            await self._child.start()
+
+    def _open_sessions(self) -> None:
+        config = self._config()
+        shelf = PackageShelf(
+            driver=self.driver,
+            slots=self.slots,
+            index=PackageStore(self._db),
+            network=BuilderNetwork(self.gateway, self._config),
+            config=self._config,
+            installation_key=self._identity.key,
+        )
+        web_app = HttpSource(self._config)
+        sources = (FilesSource(users_dir(config)), web_app, StoreSource(UserStore(self._db)))
+        runtime = Runtime(
+            config=self._config,
+            driver=self.driver,
+            slots=self.slots,
+            gateway=self.gateway,
+            store=self._store,
+            assembler=Assembler(sources, self._config),
+            shelf=shelf,
+            credentials=FileCredentials(),
+            installation_key=self._identity.key,
+            image=config.sandbox.docker.image if self.driver.name == "docker" else self.driver.name,
+        )
+        self.pool = Pool(runtime, WarmMaker(runtime))
+        self.registry = Registry(runtime, Solo(config.broker.node), pool=self.pool)
+        for part in (web_app, shelf, self.pool, self.registry):
+            self._closing.push_async_callback(part.close)
+        self.registry.start()
+
+    async def take_over(self) -> None:
+        """What the last broker left running goes on; what nobody knows any more goes away."""
+        rows = await self._store.sandboxes()
+        outcome = await reconcile(self.driver, self.slots, rows, self._store.sandbox_delete)
+        warm = [adopted for adopted in outcome.adopted if adopted.record.role == WARM]
+        settling = [self.pool.adopt(adopted) for adopted in warm]
+        settling += await self.registry.adopt_all([adopted for adopted in outcome.adopted if adopted not in warm])
+        self.pool.start()
+        self._tasks.start(self._complete_table(settling), "gateway_table")
+        self._tasks.start(self.slots.empty_trash(), "empty_trash")
+
+    async def _complete_table(self, settling: Sequence[asyncio.Task[None]]) -> None:
+        """Told too early, a gateway that lived on would cut the model calls of turns that go on."""
+        if settling:
+            await asyncio.wait(settling)
+        await self.gateway.table_complete()
+
+    async def meet_gateway(self) -> None:
+        """A start waits for the gateway, so that the first session need not; without one it serves all the same."""
+        try:
+            await self.gateway.wait_connected(GATEWAY_WAIT_S)
+        except CortexError as error:
+            log.error("gateway_missing", error=str(error), hint=error.hint)
+
+    async def settings_changed(self) -> None:
+        """config.toml is another one now."""
+        self.registry.settings_reloaded()
+        self.pool.settings_changed()
+        await self.gateway.settings_changed()
+
+    async def _stop_gateway(self) -> None:
+        """It stays for the sandboxes that go on."""
+        try:
+            needed = bool(self.slots.ids())
+        except CortexError as error:
+            log.error("state_unreadable", error=str(error), hint=error.hint)
+            needed = False
+        if not needed:
+            await self._child.stop(2.0)
+
+
+def state_dir(config: Config) -> Path:
+    """Where durable state is."""
+    return _resolved(config.broker.state_dir)
+
+
+def users_dir(config: Config) -> Path:
+    """The watched directory of per-user files."""
+    return _resolved(config.broker.users_dir)
+
+
+def _resolved(path: Path | None) -> Path:
+    assert path is not None, "settings.load resolves every directory"
+    return path
