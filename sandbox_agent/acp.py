@@ -36,8 +36,8 @@ from sandbox_agent.wire.messages import AgentSpec, Attach, Welcome
 AHEAD_PAUSE_S = 0.25
 """With clients there, how long nothing is opened ahead of them: what they come for goes first."""
 
-MakeHubMux = Callable[[Callable[[], str], Callable[[], None]], Multiplexer]
-"""Arguments: the directory that MCP servers run in, on_change."""
+MakeHubMux = Callable[[Callable[[], str], Callable[[], bool], Callable[[], None]], Multiplexer]
+"""Arguments: the directory that MCP servers run in, whether the home is a user's, on_change."""
 
 
 class AcpHub:
@@ -54,7 +54,7 @@ class AcpHub:
         welcome: Welcome,
         grant: GrantFn,
         on_change: Callable[[], None],
-        mux: MakeHubMux | None,
+        mux: MakeHubMux,
         spec: Callable[[], AgentSpec | None],
     ) -> None:
         self.agent_info = ""
@@ -65,6 +65,7 @@ class AcpHub:
         self._welcome = welcome
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
+        self._claimed = False
         self._closed = False
         self._tasks = TaskOwner("acp")
         self._conversations = Conversations()
@@ -81,7 +82,7 @@ class AcpHub:
         self._settings = AgentSettings(welcome.home)
         self._servers = McpServers(
             agent=self._agent,
-            make_mux=(lambda on_change: mux(lambda: self._settings.workspace.path, on_change)) if mux else None,
+            make_mux=lambda on_change: mux(self._workspace, lambda: self._claimed, on_change),
             spec=spec,
             tasks=self._tasks,
             on_settled=self._tools_known,
@@ -177,6 +178,7 @@ class AcpHub:
 
     def claim(self, *, moved: bool, keep_ahead: bool) -> None:
         """Opens the journal, beside."""
+        self._claimed = True
         if moved:
             self._servers.home_moved()
         if not keep_ahead:
@@ -286,6 +288,15 @@ class AcpHub:
         self._look_ahead_soon()
         return "next_session" if any(c.live for c in self._conversations.by_number.values()) else "now"
 
+    def _workspace(self) -> str:
+        """Made when it is not there."""
+        workspace = self._settings.workspace
+        try:
+            workspace.make(workspace.path)
+        except OSError as error:
+            log.warning("the workspace cannot be made: %s", error)
+        return workspace.path
+
     def _tools_known(self) -> None:
         self._turns.kick()
         self._outbox.flush()
@@ -329,7 +340,7 @@ class AcpHub:
         self._outbox.close()
         self._agent.close()
         self._audience.stop()
-        await self._servers.close()
         await self._tasks.close()
         await self._audience.gone()
         await self._journal.close()
+        await self._servers.close()

@@ -22,6 +22,7 @@ from sandbox_agent.homefiles import UnsafePath, write_missing
 from sandbox_agent.port import AgentHub
 from sandbox_agent.process import AgentProcess
 from sandbox_agent.raw import RawClients, port_ready, refuse
+from sandbox_agent.servers import Multiplexer
 from sandbox_agent.spawn import fill
 from sandbox_agent.streams import Streams
 from sandbox_agent.tasks import TaskOwner, log
@@ -48,6 +49,9 @@ MAX_AGENT_INFO = 65_536
 REAP_EVERY_S = 2.0
 """Only as process 1, where orphans become ours."""
 
+CACHE = ".cache/cortex/mcp"
+"""Below HOME: what MCP servers had when they last ran."""
+
 MakeHub = Callable[[Booted, Welcome, Callable[[], None], Callable[[], AgentSpec | None]], AgentHub]
 """Arguments: what boot left, the welcome, on_change, the agent that runs or will next."""
 
@@ -61,7 +65,20 @@ def make_acp_hub(
 
     path = os.path.join(booted.socket_dir, "agent")
     grant = granter(lambda: path, lambda: welcome.secret)
-    return AcpHub(welcome=welcome, grant=grant, on_change=on_change, mux=None, spec=spec)
+    surroundings = booted.surroundings
+    run_dir = f"/tmp/cortex-{os.urandom(8).hex()}"
+
+    def environment() -> dict[str, str]:
+        agent = spec()
+        return surroundings.environment_with(agent.env if agent is not None else {})
+
+    def mux(cwd: Callable[[], str], claimed: Callable[[], bool], on_change: Callable[[], None]) -> Multiplexer:
+        from sandbox_agent.mux import Mux  # most memory of all parts, and not everybody has MCP servers
+
+        cache = os.path.join(surroundings.home, CACHE)
+        return Mux(run_dir, environment, cwd, lambda: cache if claimed() else None, on_change)
+
+    return AcpHub(welcome=welcome, grant=grant, on_change=on_change, mux=mux, spec=spec)
 
 
 def serve(booted: Booted, make_hub: MakeHub = make_acp_hub) -> int:

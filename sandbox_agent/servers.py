@@ -28,6 +28,9 @@ class Multiplexer(Protocol):
     def entry(self) -> dict[str, Any]:
         """What conversations are given: always the same."""
 
+    def renew(self) -> None:
+        """Starts all of them anew."""
+
     async def start(self) -> None:
         """Listens for agents. Raises ``OSError``."""
 
@@ -57,7 +60,7 @@ class McpServers:
         self,
         *,
         agent: AgentSide,
-        make_mux: MakeMux | None,
+        make_mux: MakeMux,
         spec: Callable[[], AgentSpec | None],
         tasks: TaskOwner,
         on_settled: Callable[[], None],
@@ -73,14 +76,15 @@ class McpServers:
         self._direct: list[dict[str, Any]] = []
         self._mux: Multiplexer | None = None
         self._env: dict[str, str] | None = None
+        self._moved = False
         self._due = False
         self._closed = False
 
     def set(self, servers: list[dict[str, Any]]) -> None:
         """The configured ones (ACP ``McpServer`` objects)."""
         self.bound = True
-        stdio = [dict(server) for server in servers if "command" in server and self._make_mux]
-        direct = [dict(server) for server in servers if "command" not in server or not self._make_mux]
+        stdio = [dict(server) for server in servers if "command" in server]
+        direct = [dict(server) for server in servers if "command" not in server]
         if direct != self._direct:
             self._direct = direct
             self._versions = self._versions._replace(direct=self._versions.direct + 1)
@@ -116,7 +120,7 @@ class McpServers:
     @property
     def _muxes(self) -> bool:
         """An agent that takes tools in an open conversation has the multiplexer from the start: they may come later."""
-        return self._make_mux is not None and (bool(self._stdio) or self._agent.live_mcp)
+        return bool(self._stdio) or self._agent.live_mcp
 
     # -- the multiplexer -------------------------------------------------------------------------
 
@@ -126,13 +130,11 @@ class McpServers:
 
     def home_moved(self) -> None:
         """What runs has the old home in hand: it is started anew."""
-        if self._mux is not None:
-            self._env = None
-            self._apply_soon()
+        self._moved = True
+        self._apply_soon()
 
     def _multiplexer(self) -> Multiplexer:
         if self._mux is None:
-            assert self._make_mux is not None
             self._mux = mux = self._make_mux(self._changed)
             self._tasks.start(mux.start(), "mux", on_error=lambda error: log.error("no MCP servers: %s", error))
         return self._mux
@@ -150,10 +152,10 @@ class McpServers:
             return
         if self._stdio or self._mux is not None:
             mux = self._multiplexer()
-            if spec.env != self._env:
-                mux.set([])
-            self._env = dict(spec.env)
             mux.set(self._stdio)
+            if self._moved or self._env not in (None, spec.env):
+                mux.renew()
+            self._env, self._moved = dict(spec.env), False
         self._changed()
 
     def _changed(self) -> None:

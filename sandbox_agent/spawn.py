@@ -64,6 +64,11 @@ class Surroundings:
             "{egress}": f"http://127.0.0.1:{self.egress_port}",
         }
 
+    def environment_with(self, env: dict[str, str]) -> dict[str, str]:
+        """``environment`` and what an agent is given besides, its placeholders filled in, all but ``{port}``."""
+        places = self.places()
+        return self.environment() | {name: fill(value, places) for name, value in env.items()}
+
     def environment(self) -> dict[str, str]:
         """Our own environment (the driver keeps it clean) with HOME and the proxy put in."""
         proxy = f"http://127.0.0.1:{self.egress_port}"

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
@@ -147,6 +147,41 @@ def update(session: str, text: str, kind: str = "agent_message_chunk") -> Messag
     return {"method": "session/update", "params": {"sessionId": session, "update": what}}
 
 
+class Mux:
+    """The multiplexer: keeps what it is set to. ``settled`` goes with ``settle``."""
+
+    ENTRY: ClassVar[Message] = {"name": "cortex", "command": "shim", "args": [], "env": []}
+
+    def __init__(self, cwd: Callable[[], str], claimed: Callable[[], bool], on_change: Callable[[], None]) -> None:
+        self.cwd = cwd
+        self.claimed = claimed
+        self.servers: list[Message] = []
+        self.renewed = 0
+        self.settled = True
+        self.started = False
+        self._on_change = on_change
+
+    def set(self, servers: list[Message]) -> bool:
+        changed, self.servers = servers != self.servers, list(servers)
+        return changed
+
+    def renew(self) -> None:
+        self.renewed += 1
+
+    def settle(self, settled: bool = True) -> None:
+        self.settled = settled
+        self._on_change()
+
+    def entry(self) -> Message:
+        return dict(self.ENTRY)
+
+    async def start(self) -> None:
+        self.started = True
+
+    async def close(self) -> None:
+        self.servers = []
+
+
 class Peer:
     """A client: ``request`` waits for the answer; everything else that came is in ``seen``."""
 
@@ -261,6 +296,8 @@ class Bench:
         self.files = Files(directory / "journal")
         self.welcome = Welcome(incarnation=1, session="s", secret=b"s" * 32, home=str(self.home), stall_timeout_s=5.0)
         self.agent = Agent()
+        self.spec = SPEC
+        self.muxes: list[Mux] = []
         self.changes = 0
         self.peers: list[Peer] = []
         self._hub: AcpHub | None = None
@@ -273,25 +310,40 @@ class Bench:
     def start(self, *, agent: Agent | None = None, up: bool = True, **welcome: Any) -> AcpHub:
         """A new hub; ``welcome`` overrides fields of the welcome."""
         self.welcome = replace(self.welcome, **welcome)
+        self.muxes = []
         self._hub = AcpHub(
-            welcome=self.welcome, grant=self.files.grant, on_change=self._changed, mux=None, spec=lambda: SPEC
+            welcome=self.welcome,
+            grant=self.files.grant,
+            on_change=self._changed,
+            mux=self._make_mux,
+            spec=lambda: self.spec,
         )
         if agent is not None:
             self.agent = agent
         self.agent.hub = self._hub
         if up:
-            self._hub.agent_up(self.agent, SPEC)
+            self._hub.agent_up(self.agent, self.spec)
         return self._hub
 
     def _changed(self) -> None:
         self.changes += 1
+
+    def _make_mux(self, cwd: Callable[[], str], claimed: Callable[[], bool], on_change: Callable[[], None]) -> Mux:
+        self.muxes.append(Mux(cwd, claimed, on_change))
+        return self.muxes[-1]
+
+    @property
+    def mux(self) -> Mux:
+        """There is one at most."""
+        (mux,) = self.muxes
+        return mux
 
     def restart_agent(self, agent: Agent) -> None:
         """The process died and another one runs."""
         self.hub.agent_down("killed", final=False)
         self.agent = agent
         agent.hub = self.hub
-        self.hub.agent_up(agent, SPEC)
+        self.hub.agent_up(agent, self.spec)
 
     def connect(self, *, key: str = "", cortex: bool = False, name: str = "c") -> Peer:
         ours, theirs = socket.socketpair()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.unit.sandbox_agent.acp.kit import SPEC, Agent, Bench, cortex, of_kind, prompt, update
+from tests.unit.sandbox_agent.acp.kit import SPEC, Agent, Bench, Mux, cortex, of_kind, prompt, update
 
 
 async def test_initialize_is_answered_from_the_agents_cached_answer_without_auth_methods(bench: Bench) -> None:
@@ -50,14 +50,15 @@ async def test_cwd_is_mapped_and_configured_servers_are_given(bench: Bench) -> N
     theirs = {"name": "mine", "command": "/bin/y", "args": [], "env": []}
     workspace = str(bench.home / "workspace")
     await peer.request("session/new", {"cwd": "C:\\Users\\me", "mcpServers": [theirs]})
-    assert bench.agent.last("session/new")["params"] == {"cwd": workspace, "mcpServers": [configured]}
+    assert bench.agent.last("session/new")["params"] == {"cwd": workspace, "mcpServers": [Mux.ENTRY]}
     assert (bench.home / "workspace").is_dir()
     assert hub.set_settings({"allow_client_mcp": True, "workspace": "code"}) == "next_session"
     await peer.request("session/new", {"cwd": str(bench.home / "code" / "sub"), "mcpServers": [theirs, 7]})
     params = bench.agent.last("session/new")["params"]
     assert params["cwd"] == str(bench.home / "code" / "sub")
-    assert params["mcpServers"] == [configured, theirs]
-    assert hub.set_mcp([]) == "next_session"
+    assert params["mcpServers"] == [Mux.ENTRY, theirs]
+    assert bench.mux.servers == [configured]
+    assert hub.set_mcp([]) == "next_turn"
 
 
 async def test_every_message_is_stamped_with_one_epoch_and_a_growing_seq(bench: Bench) -> None:
@@ -328,8 +329,8 @@ async def test_set_mcp_reaches_an_open_conversation_when_it_is_loaded_again(benc
     bench.start()
     peer = bench.connect()
     session = await bench.session(peer)
-    server = {"name": "new", "command": "/bin/x", "args": [], "env": []}
-    bench.hub.set_mcp([server])
+    server = {"type": "http", "name": "new", "url": "https://x.example", "headers": []}
+    assert bench.hub.set_mcp([server]) == "next_session"
     await peer.request("session/load", {"sessionId": session, "cwd": "/", "mcpServers": []})
     assert bench.agent.last("session/load")["params"]["mcpServers"] == [server]
     await peer.request("session/load", {"sessionId": session, "cwd": "/", "mcpServers": []})
