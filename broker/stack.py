@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ from broker.sandbox.packages import PackageShelf
 from broker.sandbox.reconcile import reconcile
 from broker.sandbox.slots import Slots
 from broker.session.assembly import Assembler
+from broker.session.credentials import VaultCredentials
 from broker.session.directory import Solo
 from broker.session.pool import Pool
 from broker.session.providers import BuilderNetwork, FileCredentials
@@ -28,6 +30,8 @@ from broker.session.sources import FilesSource, HttpSource, StoreSource
 from broker.session.warm import WarmMaker
 from broker.store.db import Database
 from broker.store.identity import Identity
+from broker.store.keeper import Keeper
+from broker.store.keys import KeyFile
 from broker.store.packages import PackageStore
 from broker.store.sessions import WARM, SessionStore
 from broker.store.users import UserStore
@@ -52,9 +56,24 @@ class Stack:
 
     async def open(self) -> None:
         """Raises ``CortexError``."""
+        await self._open_vault()
         await self._open_driver()
         await self._open_gateway()
         self._open_sessions()
+
+    async def _open_vault(self) -> None:
+        file = KeyFile.at(Path(self._config().vault.key_file), os.environ)
+        self.keeper = await Keeper.open(self._db, file, self._identity.key)
+        self._closing.push_async_callback(self.keeper.close)
+        self._credentials = VaultCredentials(
+            self.keeper.vault,
+            self._config,
+            FileCredentials(),
+            changed=lambda user: self.registry.config_changed(user, "credentials"),
+            awake=lambda user: self.registry.awake(user),
+        )
+        self._closing.push_async_callback(self._credentials.close)
+        self._credentials.start()
 
     async def _open_driver(self) -> None:
         config = self._config()
@@ -101,7 +120,7 @@ class Stack:
             store=self._store,
             assembler=Assembler(sources, self._config),
             shelf=shelf,
-            credentials=FileCredentials(),
+            credentials=self._credentials,
             installation_key=self._identity.key,
             image=config.sandbox.docker.image if self.driver.name == "docker" else self.driver.name,
         )

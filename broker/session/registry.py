@@ -197,6 +197,11 @@ class Registry:
         sessions = [session for (owner, _), session in self._sessions.items() if owner == user]
         return await asyncio.gather(*(session.config_changed(section) for session in sessions))
 
+    def awake(self, user: str) -> bool:
+        """Whether a session of the user runs, or is about to."""
+        states = (session.state for (owner, _), session in self._sessions.items() if owner == user)
+        return any(state in ("starting", "ready", "paused") for state in states)
+
     def settings_reloaded(self) -> None:
         """config.toml changed: what runs assembles anew, soon."""
         for session in self._sessions.values():

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -84,13 +85,21 @@ class Keeper:
     """Changes the keys of ``vault``; one rotation at a time."""
 
     def __init__(self, vault: Vault, file: KeyFile) -> None:
-        self._vault = vault
+        self.vault = vault
         self._file = file
         self._turn = asyncio.Lock()
         self._tasks = TaskOwner("keeper")
 
+    @classmethod
+    async def open(cls, db: Database, file: KeyFile, fingerprint_key: bytes) -> Keeper:
+        """Of the vault that ``open_vault`` opens; what a killed broker left half done, or an operator's new first
+        key, is carried through in the background."""
+        keeper = cls(await open_vault(db, file, fingerprint_key), file)
+        keeper.start()
+        return keeper
+
     def start(self) -> None:
-        """Has what a killed broker left half done, or an operator's new first key, carried through, in no one's way."""
+        """See ``open``."""
         self._tasks.start(self._resume(), "resume", on_error=_stopped)
 
     async def rotate(self) -> Rotated:
@@ -104,7 +113,7 @@ class Keeper:
         async with self._turn:
             if self._file.passed:
                 raise _read_only(self._file)
-            ring = self._vault.ring
+            ring = self.vault.ring
             on_disk = await asyncio.to_thread(self._file.read)
             if on_disk is None or on_disk.ids != ring.ids or len(ring.keys) >= MAX_KEYS:
                 raise CortexError(
@@ -114,17 +123,17 @@ class Keeper:
                 )
             fresh = Keyring((new_key(), *ring.keys))
             await asyncio.to_thread(self._file.replace, fresh)
-            self._vault.ring = fresh
+            self.vault.ring = fresh
             log.info("vault_key_made", file=str(self._file.path), key=fresh.first.id.hex())
             return await self._carry_through()
 
     async def _resume(self) -> None:
         async with self._turn:
-            if len(self._vault.ring.keys) > 1:
+            if len(self.vault.ring.keys) > 1:
                 await self._carry_through()
 
     async def _carry_through(self) -> Rotated:
-        vault, ring = self._vault, self._vault.ring
+        vault, ring = self.vault, self.vault.ring
         await vault.seal_canary()
         sealed = refused = 0
         for key in await vault.keys_in_use() - {ring.first.id}:
@@ -148,14 +157,20 @@ class Keeper:
         log.info("vault_rotated", key=done.key, sealed=sealed, refused=refused, dropped=done.dropped, kept=done.kept)
         return done
 
-    async def view(self) -> list[dict[str, object]]:
-        """The keys, the one that seals first, and how many blobs each seals."""
-        counts = await self._vault.counts()
-        return [{"id": key.id.hex(), "sealed": counts.get(key.id, 0)} for key in self._vault.ring.keys]
+    async def view(self) -> list[tuple[str, int]]:
+        """The ids of the keys, the one that seals first, and how many credentials each seals."""
+        counts = await self.vault.counts()
+        return [(key.id.hex(), counts.get(key.id, 0)) for key in self.vault.ring.keys]
+
+    @property
+    def path(self) -> Path:
+        """Where the keys are."""
+        return self._file.path
 
     async def close(self) -> None:
         """A rotation that runs is left where it is; the next start goes on with it."""
         await self._tasks.close()
+        await self.vault.close()
 
 
 def _stopped(error: BaseException) -> None:

@@ -11,6 +11,7 @@ import binascii
 import os
 import secrets
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,12 @@ class KeyFile:
 
     path: Path
     passed: bool = False
+
+    @classmethod
+    def at(cls, path: Path, env: Mapping[str, str]) -> KeyFile:
+        """The file at ``path``, as far as the environment says where it is from."""
+        passed = env.get("CREDENTIALS_DIRECTORY")
+        return cls(path, bool(passed) and path.is_relative_to(str(passed)))
 
     def read(self) -> Keyring | None:
         """The keys; None when there is no such file. Raises ``VAULT_KEY`` when it cannot be trusted or used."""

@@ -36,7 +36,6 @@ async def opened(directory: Path, *, passed: bool = False) -> AsyncIterator[tupl
         keys = Keeper(vault, file)
         yield vault, keys
         await keys.close()
-        await vault.close()
     finally:
         await db.close()
 
@@ -155,7 +154,7 @@ async def test_a_rotation_seals_everything_anew_and_drops_the_old_key(
         assert done.kept == (done.key,) == (vault.ring.first.id.hex(),)
         assert vault.ring.first != old
         await whole(vault, 10)
-        assert await keys.view() == [{"id": done.key, "sealed": 10}]
+        assert await keys.view() == [(done.key, 10)]
     ring = KeyFile(tmp_path / "vault.key").read()
     assert ring is not None
     assert ring.keys == (vault.ring.first,)
@@ -214,7 +213,7 @@ async def test_an_operators_new_first_key_is_taken_at_the_next_start(tmp_path: P
         keys.start()
         await settled(keys)
         await whole(vault)
-        assert [key["sealed"] for key in await keys.view()] == [ROWS, 0]
+        assert [sealed for _, sealed in await keys.view()] == [ROWS, 0]
         with pytest.raises(CortexError) as caught:
             await keys.rotate()
         assert caught.value.code is Code.VAULT_KEY_READ_ONLY
