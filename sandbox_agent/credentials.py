@@ -144,7 +144,7 @@ class CredentialFiles:
             if loop.time() < self._quiet_until:
                 wait = self._quiet_until - loop.time()
                 continue
-            self._send(Refreshed(file.path, content))
+            self._send(Refreshed(file.path, content, file.lineage.known))
             file.lineage.sent(digest)
             sent = True
         if sent:

@@ -38,6 +38,11 @@ class Lineage:
         self._sent.append(current)
         self._last = current
 
+    @property
+    def known(self) -> list[str]:
+        """What the broker may have: what it gave last, and what it was sent since."""
+        return [self._bound, *self._sent]
+
     def forget_sent(self) -> None:
         """What was sent and not answered may be lost."""
         self._last = self._bound

@@ -100,7 +100,7 @@ def checked(message: Message) -> Message:
     for name, value in vars(message).items():
         if isinstance(value, str) and len(value) > MAX_TEXT and name not in _LONG:
             raise WireError(f"{message.TYPE}.{name} is too long")
-        if isinstance(value, dict) and len(value) > _MAX_ITEMS:
+        if isinstance(value, (dict, list)) and len(value) > _MAX_ITEMS:
             raise WireError(f"{message.TYPE}.{name} has too many entries")
         if isinstance(value, bytes) and len(value) > MAX_CREDENTIAL_FILE:
             raise WireError(f"{message.TYPE}.{name} is too big")

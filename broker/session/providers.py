@@ -38,8 +38,13 @@ class Credentials(Protocol):
     async def files(self, user: str, agent_name: str, agent: AgentConfig) -> list[dict[str, Any]]:
         """The agent's own credential files, as the part ``files`` of a bind."""
 
-    async def refreshed(self, user: str, agent: AgentConfig, path: str, content: bytes) -> None:
-        """The agent has changed the file that was bound at ``path``: kept for the user's next sandbox."""
+    async def refreshed(
+        self, user: str, agent: AgentConfig, path: str, content: bytes, after: Sequence[str] = ()
+    ) -> None:
+        """The agent has changed the file that was bound at ``path``: kept for the user's next sandbox.
+
+        ``after``: see ``wire.messages.Refreshed``; what was made of another than the user has now is dropped.
+        """
 
     async def warnings(self, user: str) -> Sequence[str]:
         """What is wrong with the user's credentials, for people."""
@@ -59,7 +64,9 @@ class FileCredentials:
     async def files(self, user: str, agent_name: str, agent: AgentConfig) -> list[dict[str, Any]]:
         return []
 
-    async def refreshed(self, user: str, agent: AgentConfig, path: str, content: bytes) -> None:
+    async def refreshed(
+        self, user: str, agent: AgentConfig, path: str, content: bytes, after: Sequence[str] = ()
+    ) -> None:
         """Nothing is bound, so nothing can have changed."""
 
     async def warnings(self, user: str) -> Sequence[str]:

@@ -27,13 +27,16 @@ from broker.session.assembly import Assembled, Assembler
 from broker.session.fingerprint import changed, fingerprint
 from broker.session.parts import BOUND, KINDS, Wanted
 from broker.session.providers import Credentials, egress_for, providers_for
+from broker.session.sealing import Sealing
 from broker.store.sessions import WARM, SandboxRow, SessionStore
-from sandbox_agent.wire.messages import Bound, Hello, Status, Welcome
+from sandbox_agent.wire.messages import Bound, Hello, Refreshed, Status, Welcome
 
 log = structlog.get_logger(__name__)
 
 PROBE_S = 5.0
 """How long an agent server may take to say how it is, and never longer than ``probe_interval_s``."""
+SEAL_S = 5.0
+"""How long a sandbox that ends waits for the vault to take what its agent has renewed last."""
 PROBES = 2
 """So many questions left unanswered, and the sandbox counts as dead."""
 
@@ -111,6 +114,9 @@ class Sandbox:
     lost: str = ""
     """Why the link to its agent server is gone for good."""
 
+    def __post_init__(self) -> None:
+        self.sealing = Sealing(self.slot.id, self._keep)
+
     # -- what the agent server says ------------------------------------------------------------
 
     def heard(self, status: Status) -> None:
@@ -124,6 +130,15 @@ class Sandbox:
         self.lost = reason or "lost"
         self.ready.set()
         self.on_lost(self.lost)
+
+    def refreshed(self, message: Refreshed) -> None:
+        """The agent has changed one of its credential files; a sandbox that is nobody's has none."""
+        if self.owner.user:
+            self.sealing.heard(message)
+
+    async def _keep(self, told: Refreshed) -> None:
+        agent = self.runtime.config().agents[self.agent]
+        await self.runtime.credentials.refreshed(self.owner.user, agent, told.path, told.content, told.after)
 
     @property
     def failed(self) -> CortexError | None:
@@ -333,6 +348,7 @@ class Sandbox:
         if grace_s > 0 and await self._goes():
             await self.link.stop(grace_s)
         await self.link.close("the sandbox is stopped")
+        await self.sealing.drain(SEAL_S)
         try:
             await self._end(grace_s)
         except Exception:
@@ -373,6 +389,8 @@ class Sandbox:
     async def let_go(self) -> None:
         """Closes the broker's ends; the sandbox goes on and is adopted by the next broker."""
         await self.link.close("the broker is restarting")
+        await self.sealing.drain(SEAL_S)
+        await self.sealing.close()
         self.sockets.close()
 
     def facts(self) -> dict[str, Any]:
@@ -422,6 +440,10 @@ def place(
         if box is not None:
             box.lose(reason)
 
+    def refreshed(message: Refreshed) -> None:
+        if box is not None:
+            box.refreshed(message)
+
     link = Link(
         sockets,
         incarnation,
@@ -429,6 +451,7 @@ def place(
         on_hello=welcome,
         on_status=heard,
         on_lost=lost,
+        on_refreshed=refreshed,
         journal=journal,
         welcomed=welcomed,
     )

@@ -272,11 +272,16 @@ class Built(Message):
 
 @dataclass(frozen=True)
 class Refreshed(Message):
-    """The agent has changed one of its credential files (part ``files``); ``path`` is as it was bound."""
+    """The agent has changed one of its credential files (part ``files``); ``path`` is as it was bound.
+
+    ``after``: SHA-256, in hex, of what it may have been made of: the content that was bound, and each that was
+    sent since. Where the broker has another by now, the change comes too late.
+    """
 
     TYPE: ClassVar[str] = "refreshed"
     path: str
     content: bytes
+    after: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

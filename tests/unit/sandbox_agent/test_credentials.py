@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -139,7 +140,8 @@ async def test_a_path_is_the_same_however_it_is_written_and_told_as_it_was_bound
     assert len(os.listdir(box.ram)) == 1
     box.link.write_bytes(token("2"))
     async with asyncio.timeout(10):
-        assert await box.sent.get() == Refreshed(path, token("2"))
+        sent = await box.sent.get()
+    assert (sent.path, sent.content) == (path, token("2"))
     box.files.close()
 
 
@@ -207,6 +209,28 @@ async def test_a_home_that_was_moved_in_gets_links_of_its_own(box: Box) -> None:
     assert box.link.read_bytes() == token("1")
     assert box.on_disk() == []
     await box.quiet_until("2")
+    box.files.close()
+
+
+async def test_the_broker_is_told_what_a_change_may_have_been_made_of(box: Box) -> None:
+    def digests(*values: str) -> list[str]:
+        return [hashlib.sha256(token(value)).hexdigest() for value in values]
+
+    async def after() -> list[str]:
+        async with asyncio.timeout(10):
+            return (await box.sent.get()).after
+
+    box.put("1")
+    box.link.write_bytes(token("2"))
+    assert await after() == digests("1")
+    box.link.write_bytes(token("3"))
+    assert await after() == digests("1", "2")
+    box.put("2")
+    box.link.write_bytes(token("4"))
+    assert await after() == digests("2", "2", "3")
+    box.put("new")
+    box.link.write_bytes(token("5"))
+    assert await after() == digests("new")
     box.files.close()
 
 
