@@ -13,7 +13,7 @@ from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
 from broker.session.bringup import BringUp, Prepared
 from broker.session.mailbox import Mailbox, crashed
-from broker.session.timeline import Timeline
+from broker.session.timeline import USER_WARM, Timeline
 
 log = structlog.get_logger(__name__)
 
@@ -45,9 +45,17 @@ class Attempts:
         self._bringup: BringUp | None = None
         self._task: asyncio.Task[None] | None = None
 
+    def note(self, timeline: Timeline) -> Timeline:
+        """Remembers one. A claim that had nothing to wait for takes the place of the one before it, so that a user who
+        comes and goes does not push out how the session was started."""
+        if self._timelines and _is_plain(timeline) and _is_plain(self._timelines[0]):
+            self._timelines.popleft()
+        self._timelines.appendleft(timeline)
+        return timeline
+
     def begin(self, timeline: Timeline, work: Work, *, on_up: OnUp, on_failed: OnFailed) -> asyncio.Task[None]:
         """Starts one; the task ends with it. The actor hears of its end through its mailbox, unless it is cancelled."""
-        self._timelines.appendleft(timeline)
+        self.note(timeline)
         bringup = self._bringup = self._make(timeline)
         self._task = self._tasks.start(self._do(bringup, work, on_up, on_failed), "bringup")
         return self._task
@@ -92,3 +100,7 @@ class Attempts:
     def view(self) -> list[dict[str, Any]]:
         """Newest first."""
         return [timeline.view() for timeline in self._timelines]
+
+
+def _is_plain(timeline: Timeline) -> bool:
+    return timeline.path == USER_WARM and not timeline.stages

@@ -66,11 +66,13 @@ class Subject:
 
 @dataclass
 class Prepared:
-    """A configuration and what it means for the sandbox. ``warnings`` are for people."""
+    """A configuration and what it means for the sandbox. ``warnings`` are for people; ``pending``: packages that are
+    being installed for it."""
 
     assembled: Assembled
     wanted: Wanted
     warnings: tuple[str, ...] = ()
+    pending: tuple[str, ...] = ()
 
 
 async def prepare(runtime: Runtime, subject: Subject, assembled: Assembled, home: str) -> Prepared:
@@ -93,7 +95,7 @@ async def prepare(runtime: Runtime, subject: Subject, assembled: Assembled, home
         files=files,
         generic=not subject.user,
     )
-    return Prepared(assembled, parts, tuple(warnings))
+    return Prepared(assembled, parts, tuple(warnings), tuple(resolved.pending))
 
 
 def agent_of(config: Config, name: str) -> AgentConfig:
@@ -245,6 +247,9 @@ class BringUp:
         return latest
 
     async def _readopt(self, box: Sandbox, generation: int, cached: Assembled | None) -> Prepared:
+        if box.paused:
+            with self.timeline.stage("resume"):
+                await box.resume()
         await self._hello(box)
         assembled = await self._assemble(cached)
         prepared = await prepare(self.runtime, self.subject, assembled, self.runtime.home_of(box.slot))

@@ -44,7 +44,8 @@ class Clients:
 
     def serve(self, connection: str) -> None:
         """It has a stream of the agent server of now."""
-        self._served.add(connection)
+        if connection in self._clients:
+            self._served.add(connection)
 
     @property
     def spoke_at(self) -> float:

@@ -27,6 +27,13 @@ class Configuration:
         self.assembled = runtime.assembler.restore(row.config) if row.config is not None else None
         self.assembled_at = row.config_at
         self.warnings: tuple[str, ...] = ()
+        self.pending: frozenset[str] = frozenset()
+        """Packages that are being installed for it."""
+
+    def landed(self, spec: str) -> None:
+        """An install has ended, well or not."""
+        self.pending -= {spec}
+        self.changed()
 
     def changed(self) -> None:
         """A source, config.toml or the shelf of packages says something else now."""
@@ -46,6 +53,7 @@ class Configuration:
         """The sandbox has this one; ``generation`` was read before it was assembled."""
         self.assembled = prepared.assembled
         self.warnings = prepared.warnings
+        self.pending = frozenset(prepared.pending)
         self._done = generation
         self.assembled_at = self._clock()
         CONFIG_ASSEMBLY.labels("assembled").inc()

@@ -23,6 +23,7 @@ from broker.sandbox.journal_files import JournalFiles
 from broker.sandbox.link import Link, SlotSockets
 from broker.sandbox.packages import PackageShelf
 from broker.sandbox.slots import Slot, Slots
+from broker.session.activity import ActivityPort, NoActivity
 from broker.session.assembly import Assembled, Assembler
 from broker.session.fingerprint import changed, fingerprint
 from broker.session.parts import BOUND, KINDS, Wanted
@@ -33,10 +34,13 @@ from sandbox_agent.wire.messages import Bound, Hello, Refreshed, Status, Welcome
 
 log = structlog.get_logger(__name__)
 
+NO_ACTIVITY = NoActivity()
 PROBE_S = 5.0
 """How long an agent server may take to say how it is, and never longer than ``probe_interval_s``."""
 SEAL_S = 5.0
 """How long a sandbox that ends waits for the vault to take what its agent has renewed last."""
+RESTING = 4
+"""So many sessions are paused or stopped at once because nobody uses them."""
 PROBES = 2
 """So many questions left unanswered, and the sandbox counts as dead."""
 
@@ -56,6 +60,9 @@ class Runtime:
     installation_key: bytes
     image: str
     """What sandboxes are made from; part of the boot hash."""
+    activity: ActivityPort = NO_ACTIVITY
+    resting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(RESTING))
+    """Held by a session while it is paused or stopped because nobody uses it."""
 
     def home_of(self, slot: Slot) -> str:
         """HOME as the sandbox sees it."""

@@ -21,13 +21,16 @@ from broker.metrics import CONFIG_ASSEMBLY
 from broker.session.attempts import Attempts
 from broker.session.bringup import BringUp, Prepared, Subject
 from broker.session.claim import NO_POOL, Takes
+from broker.session.claims import Claims
 from broker.session.clients import Clients
 from broker.session.configuration import Configuration
 from broker.session.custody import Custody
 from broker.session.ends import Ends
+from broker.session.idling import Idling
 from broker.session.life import Life
 from broker.session.mailbox import Mailbox, crashed
 from broker.session.port import Applied, AttachedClient, State
+from broker.session.resting import Resting
 from broker.session.sandbox import Runtime, Sandbox
 from broker.session.state import Event, wants_bringup
 from broker.session.timeline import ADOPTED, Timeline
@@ -41,10 +44,17 @@ SLACK_S = 5.0
 
 
 class Session:
-    """See the module. ``row`` is what the store holds; ``clock`` gives seconds since the epoch."""
+    """See the module. ``row`` is what the store holds; ``clock`` gives seconds since the epoch, ``steady`` seconds
+    that never jump."""
 
     def __init__(
-        self, runtime: Runtime, row: SessionRow, clock: Callable[[], float] = time.time, pool: Takes = NO_POOL
+        self,
+        runtime: Runtime,
+        row: SessionRow,
+        clock: Callable[[], float] = time.time,
+        pool: Takes = NO_POOL,
+        *,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self.id = row.id
         self.user = row.user
@@ -55,6 +65,7 @@ class Session:
         self._clock = clock
         self._waking = False
         self._retired = False
+        self._opening = 0
         self._left_at = clock()
         names = (self.user, self.workspace, self.id, self.agent)
         self._subject = Subject(*names, self.on_status, self.on_lost, self._on_placed, self._on_package)
@@ -72,6 +83,31 @@ class Session:
             length=runtime.config().session.timeline_length,
         )
         self._ends = Ends(self._life, self._clients, self._custody, self._attempts, self._mailbox, self._tasks)
+        self._claims = Claims(runtime.driver.name, self._attempts)
+        self._idling = Idling(
+            self.user,
+            self._life,
+            self._clients,
+            config=lambda: runtime.config().pool,
+            activity=runtime.activity,
+            at_work=self._at_work,
+            act=lambda: self._resting.soon(),
+            clock=clock,
+            steady=steady,
+        )
+        self._resting = Resting(
+            self._life,
+            self._clients,
+            self._custody,
+            self._ends,
+            self._idling,
+            self._claims,
+            mailbox=self._mailbox,
+            tasks=self._tasks,
+            lane=runtime.resting,
+            wanted=lambda: self._waking,
+            rouse=self._spoken,
+        )
         self._tasks.start(self._mailbox.run(), "actor")
 
     @property
@@ -90,6 +126,16 @@ class Session:
         return max(self._life.since, self._left_at)
 
     @property
+    def warm(self) -> bool:
+        """It is up though nobody asks for it: made ready ahead, or kept after its last client left (or since it was
+        paused, when no client ever came). Whoever asks first claims it."""
+        return self._life.state in ("ready", "paused") and not self._claims.asked and not self._clients
+
+    @property
+    def _serving(self) -> bool:
+        return self._life.state == "ready" and not self._resting.going
+
+    @property
     def idle(self) -> bool:
         """Nothing runs or is left to put away, nobody is attached, nothing waits: it may leave memory."""
         at_rest = self._life.state in ("stopped", "failed") and self._custody.left is None
@@ -99,9 +145,10 @@ class Session:
 
     def attach(self, client: AttachedClient) -> None:
         """Counts the client in; wakes the session when it sleeps. Raises ``SESSION_BUSY``."""
+        self._ask()
         self._clients.add(client)
-        if self._life.state != "ready":
-            self.wake()
+        if not self._serving:
+            self._rouse()
         elif self._configuration.old:
             self._apply_soon()
         else:
@@ -111,6 +158,10 @@ class Session:
         """Counts it out; the agent goes on."""
         self._clients.discard(client)
         self._left_at = self._clock()
+        if not self._clients:
+            self._claims.asked = False
+            self._runtime.activity.note(self.user, self._left_at, "end")
+        self._idling.left()
 
     async def open_stream(self, attach: Attach) -> socket.socket:
         """A stream of the agent server. On a ready session nothing is waited for."""
@@ -121,17 +172,26 @@ class Session:
                 f"agent {self.agent!r} does not speak {attach.protocol}",
                 hint=f"connect to /{expected}",
             )
-        if self._life.state != "ready":
-            await self.wait_ready()
+        self._opening += 1
+        try:
+            if not self._serving:
+                await self.wait_ready()
+            return await self._take_stream(attach)
+        finally:
+            self._opening -= 1
+
+    async def _take_stream(self, attach: Attach) -> socket.socket:
         box = self._custody.box
         if box is None:
             raise self._not_running()
         try:
-            return await box.link.take_stream(attach)
+            sock = await box.link.take_stream(attach)
         except CortexError as error:
             if error.code is Code.BRINGUP_TIMEOUT:
                 self._without_streams(box)
             raise
+        self._clients.serve(attach.connection)
+        return sock
 
     async def wait_ready(self) -> None:
         """Wakes the session and waits for what comes of it: as long as a bring-up may take, at most."""
@@ -139,8 +199,9 @@ class Session:
         limit = config.session.bringup_timeout_s + config.sandbox.stop_timeout_s + SLACK_S
         try:
             async with asyncio.timeout(limit):
-                await self._life.until(lambda: self._life.state != "stopping")
-                self.wake()
+                self._rouse()
+                await self._life.until(lambda: self._life.state != "stopping" and not self._resting.going)
+                self._rouse()
                 await self._life.until(lambda: self._life.state != "starting" and not self._waking)
         except TimeoutError as error:
             raise CortexError(
@@ -161,15 +222,51 @@ class Session:
     # -- commands ------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Starts a bring-up when nothing runs; waits for nothing."""
-        if wants_bringup(self._life.state) and not (self._waking or self._retired or self._life.closed):
+        """Somebody asks for it: sees to it that it becomes ready; waits for nothing."""
+        self._ask()
+        self._rouse()
+
+    def prewarm(self, *, announced: bool = True) -> None:
+        """Somebody will come, at any moment where it was ``announced``: has it ready for them. This is no use of it:
+        when nobody comes, it is stopped like any that nobody uses."""
+        self._idling.expected()
+        if announced:
+            self._runtime.activity.note(self.user, self._clock(), "intent")
+        if wants_bringup(self._life.state):
+            self._claims.asked = self._waking or bool(self._clients)
+            self._rouse()
+        elif announced:
+            self._rouse()
+        if self._serving and (self._configuration.dirty or self._configuration.old):
+            self._apply_soon()
+        self._idling.look()
+
+    def _ask(self) -> None:
+        """A request: a create, a hook, a client, a prompt over HTTP. The first that finds the session up claims it."""
+        self._claims.ask(warm=self.warm, serving=self._serving)
+        if self._protocol == "acp":
+            self._idling.used()
+        else:
+            self._idling.request()
+        self._runtime.activity.note(self.user, self._clock(), "start")
+
+    def _spoken(self) -> None:
+        """A client that is held has something to say."""
+        self._idling.used()
+        self._rouse()
+
+    def _rouse(self) -> None:
+        """Has the actor see to it that the session is ready, unless it is."""
+        asleep = wants_bringup(self._life.state) or self._life.state == "paused" or self._resting.going
+        if asleep and not (self._waking or self._retired or self._life.closed):
             self._waking = True
-            self._mailbox.post(self._begin)
+            self._mailbox.post(self._up)
 
     def settings_changed(self) -> None:
         """config.toml is another one now."""
         self._configuration.changed()
         self._apply_soon()
+        self._idling.settings_changed()
 
     async def stop(self) -> None:
         """Stops the sandbox; home, journal and row stay. Raises when the sandbox cannot be put away."""
@@ -203,9 +300,12 @@ class Session:
 
     # -- bring-up ------------------------------------------------------------------------------
 
-    async def _begin(self) -> None:
-        """Starts a bring-up unless one runs."""
+    async def _up(self) -> None:
+        """Wakes it from a pause, or starts a bring-up, whichever it needs."""
         try:
+            if self._life.state == "paused":
+                await self._wake()
+            self._claims.settle(up=self._life.state == "ready")
             if not wants_bringup(self._life.state) or self._retired:
                 return
             self._ends.error = None
@@ -213,12 +313,18 @@ class Session:
         finally:
             self._waking = False
             self._life.told()
-        self._attempt("cold", self._start)
+        self._attempt(Timeline(self._runtime.driver.name, intent=not self._claims.asked), self._start)
 
-    def _attempt(self, path: str, work: Callable[[BringUp], Awaitable[Prepared]]) -> asyncio.Task[None]:
+    async def _wake(self) -> None:
+        refresh = self._refresh if self._configuration.dirty else None
+        hold_s = self._runtime.config().session.bind_hold_s
+        if await self._resting.wake(self._claims.timeline(), refresh, hold_s) and self._configuration.old:
+            self._apply_soon()
+
+    def _attempt(self, timeline: Timeline, work: Callable[[BringUp], Awaitable[Prepared]]) -> asyncio.Task[None]:
         generation = self._configuration.generation
         return self._attempts.begin(
-            Timeline(self._runtime.driver.name, path=path),
+            timeline,
             work,
             on_up=lambda bringup, prepared: self._brought_up(bringup, prepared, generation),
             on_failed=self._ends.fail,
@@ -250,6 +356,7 @@ class Session:
         bringup.timeline.finish("ready")
         log.info("session_ready", session=self.id, agent=self.agent, ms=round(bringup.timeline.total * 1000, 1))
         self._ends.watch(box)
+        self._idling.came_up(adopted=bringup.timeline.path == ADOPTED)
         if configuration.dirty:
             self._apply_soon()
 
@@ -266,7 +373,8 @@ class Session:
         await self._life.move(Event.ADOPTED, "adopted after a restart of the broker", incarnation=box.incarnation)
         configuration = self._configuration
         return self._attempt(
-            ADOPTED, lambda bringup: bringup.readopt(box, configuration.generation, configuration.assembled)
+            Timeline(self._runtime.driver.name, path=ADOPTED),
+            lambda bringup: bringup.readopt(box, configuration.generation, configuration.assembled),
         )
 
     # -- configuration -------------------------------------------------------------------------
@@ -301,6 +409,7 @@ class Session:
 
     def tick(self) -> None:
         """Called now and then by the registry: mends what is left over and keeps a session in use fresh."""
+        self._idling.tick()
         configuration = self._configuration
         if self._life.state == "ready" and (configuration.dirty or (self._clients and configuration.old)):
             self._apply_soon()
@@ -311,6 +420,7 @@ class Session:
 
     def on_status(self, status: Status) -> None:
         """The agent server of its sandbox says how it is."""
+        self._idling.heard(status)
         if status.agent == "failed" and self._life.state == "ready" and self._custody.box is not None:
             self._ends.lose_soon(self._custody.box, status.what or "the agent failed", Code.AGENT_FAILED)
 
@@ -326,8 +436,21 @@ class Session:
     def _on_package(self, spec: str, error: CortexError | None) -> None:
         told = str(error) if error is not None else ""
         log.info("package_failed" if told else "package_ready", session=self.id, spec=spec, error=told)
-        self._configuration.changed()
+        self._configuration.landed(spec)
         self._apply_soon()
+        self._idling.look()
+
+    # -- rest ----------------------------------------------------------------------------------
+
+    def _at_work(self) -> bool:
+        """A turn, a client that gets its stream, a package install. Of turns at an agent's own WebSocket nothing is
+        known: there whoever is attached is at work."""
+        box = self._custody.box
+        if box is not None and box.status is not None and box.status.open_turns:
+            return True
+        return (
+            self._opening > 0 or bool(self._configuration.pending) or (self._protocol != "acp" and bool(self._clients))
+        )
 
     def view(self) -> dict[str, Any]:
         """For operators."""
@@ -341,6 +464,8 @@ class Session:
             "state": self.state,
             "reason": "" if self._waking else self._life.reason,
             "clients": len(self._clients),
+            "warm": self.warm,
+            "idle": self._idling.view(),
             "generation": self._configuration.generation,
             "permission_policy": assembled.config.settings.permission_policy if assembled else "ask",
             "warnings": list(self._configuration.warnings),
@@ -359,6 +484,7 @@ class Session:
         if self._life.closed:
             return
         self._life.closed = True
+        self._idling.close()
         await self._tasks.close()
         self._mailbox.close()
         await self._custody.let_go()

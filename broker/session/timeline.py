@@ -13,13 +13,18 @@ from broker.metrics import BRINGUP, BRINGUP_STAGE
 ADOPTED = "adopted"
 """The path of a sandbox that outlived the last broker; nobody wished for it, so it is no bring-up to measure."""
 
+USER_WARM = "user_warm"
+"""The path of a session that was up when somebody asked for it."""
+
 
 @dataclass
 class Timeline:
-    """One bring-up. ``path``: cold, generic_warm, user_warm or ``ADOPTED``. Times are monotonic seconds."""
+    """One bring-up. ``path``: cold, generic_warm, ``USER_WARM`` or ``ADOPTED``; ``intent``: somebody is expected,
+    nobody waits. Times are monotonic seconds."""
 
     driver: str
     path: str = "cold"
+    intent: bool = False
     clock: Callable[[], float] = time.monotonic
     wall: float = field(default_factory=time.time)
     begin: float = field(init=False)
@@ -55,6 +60,7 @@ class Timeline:
         """JSON-safe; milliseconds from the beginning."""
         return {
             "path": self.path,
+            "intent": self.intent,
             "driver": self.driver,
             "started_at": self.wall,
             "total_ms": round(self.total * 1000, 3),
