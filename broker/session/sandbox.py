@@ -170,7 +170,8 @@ class Sandbox:
             self.heard(Status(agent=hello.agent, agent_info=hello.agent_info, open_turns=hello.open_turns))
         fresh = await self.runtime.store.sandbox_welcomed(self.slot.id, self.incarnation)
         config = self.runtime.config()
-        spec = self.wanted.agent if fresh and self.wanted else None
+        # An agent that has credential files is started by the bind that puts them in place: it reads them then.
+        spec = self.wanted.agent if fresh and self.wanted and not self.wanted.values["files"] else None
         if spec and self.wanted:
             self.applied["process"] = self.wanted.hashes["process"]
         return Welcome(
