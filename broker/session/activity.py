@@ -237,5 +237,5 @@ def peaks(week: Sequence[float], most: int = 5) -> list[int]:
 
 
 def quiet(week: Sequence[float], hour: int) -> bool:
-    """Whether an hour (since the epoch) is one of the quieter half of the week."""
-    return week[hour_of_week(hour)] <= statistics.median(week)
+    """Whether no more happens in an hour (since the epoch) than in the mean hour of the week."""
+    return week[hour_of_week(hour)] <= sum(week) / len(week)

@@ -5,7 +5,7 @@ First the hour of the week; where that says nothing, the hybrid histogram of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,9 @@ SLACK = 600.0
 SHORT_REST = 600.0
 """Who comes back sooner keeps their sandbox: making it anew would hardly save anything."""
 LEAST_KEEP = 60.0
+INCUMBENT = 2.0
+"""What it counts that a sandbox is there already: to let go and make anew costs, and the next look may see it
+otherwise."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +112,28 @@ class Choice:
     left_out: tuple[Expected, ...]
 
 
-def choose(candidates: Sequence[Expected], size: Callable[[str], int], *, room: int, most: int) -> Choice:
+def choose(
+    candidates: Sequence[Expected],
+    size: Callable[[str], int],
+    *,
+    room: int,
+    most: int,
+    ready: Collection[str] = (),
+) -> Choice:
     """Those who fit into ``room`` bytes, ``most`` at most: the highest probability for each byte goes first.
 
-    ``size``: bytes of a user's sandbox. One who does not fit is passed over for a smaller one.
+    ``size``: bytes of a user's sandbox; ``ready``: for whom there is one. Who does not fit is passed over for a
+    smaller one.
     """
     sizes = {one.user: max(1, size(one.user)) for one in candidates}
+
+    def order(one: Expected) -> tuple[float, float, str]:
+        weight = one.probability * (INCUMBENT if one.user in ready else 1.0)
+        return -weight / sizes[one.user], one.start, one.user
+
     chosen: list[Expected] = []
     left_out: list[Expected] = []
-    for one in sorted(candidates, key=lambda one: (-one.probability / sizes[one.user], one.start, one.user)):
+    for one in sorted(candidates, key=order):
         if len(chosen) < most and sizes[one.user] <= room:
             chosen.append(one)
             room -= sizes[one.user]

@@ -40,6 +40,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.counts: dict[Result, int] = {"hit": 0, "miss": 0, "wasted": 0}
+        self.ready_s: dict[Result, float] = dict.fromkeys(self.counts, 0.0)
         self.recent: deque[Outcome] = deque(maxlen=REMEMBERED)
         self._open: dict[str, _Open] = {}
         self._faith: dict[str, float] = {}
@@ -77,10 +78,15 @@ class Ledger:
         closed = (self._close_if_over(user, now) for user in list(self._open))
         return [outcome for outcome in closed if outcome is not None]
 
+    def withdraw(self, user: str) -> None:
+        """Takes a forecast back: nobody was, or would have been, ready for the user."""
+        self._open.pop(user, None)
+
     def only(self, users: Collection[str]) -> None:
-        """Whom nobody looks at any more is believed in again."""
-        for user in [user for user in self._faith if user not in users and user not in self._open]:
-            del self._faith[user]
+        """Drops what is open of users at whom nobody looks any more, and believes in them again."""
+        for known in (self._open, self._faith):
+            for user in [user for user in known if user not in users]:
+                del known[user]
 
     def forget(self, user: str) -> None:
         """Drops what is known of a user."""
@@ -104,5 +110,6 @@ class Ledger:
 
     def _told(self, outcome: Outcome) -> Outcome:
         self.counts[outcome.result] += 1
+        self.ready_s[outcome.result] += outcome.ready_s
         self.recent.append(outcome)
         return outcome

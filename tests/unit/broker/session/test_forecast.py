@@ -163,3 +163,10 @@ def test_the_likeliest_for_their_size_go_first() -> None:
     choice = choose(candidates, sizes.__getitem__, room=250, most=9)
     assert [one.user for one in choice.chosen] == ["small", "unlikely"]
     assert [one.user for one in choose(candidates, sizes.__getitem__, room=400, most=9).chosen] == ["small", "big"]
+
+
+def test_a_sandbox_that_is_there_gives_way_only_to_somebody_much_likelier() -> None:
+    for probability, chosen in ((0.5, "here"), (0.7, "new")):
+        candidates = [Expected("here", 0, 9, 0.3, "histogram"), Expected("new", 0, 9, probability, "histogram")]
+        choice = choose(candidates, lambda user: 100, room=150, most=9, ready={"here"})
+        assert [one.user for one in choice.chosen] == [chosen]

@@ -79,7 +79,20 @@ def test_faith_is_lost_by_halves_and_regained_at_once() -> None:
         ledger.expect(told(), 90)
         ledger.sweep(201)
     assert ledger.faith("ann") == LEAST_FAITH
+    ledger.expect(told(), 90)
     ledger.only([])
+    assert ledger.faith("ann") == 1
+    assert "ann" not in ledger
+    assert ledger.counts["wasted"] == 22
+    assert ledger.ready_s == {"hit": 10, "miss": 0, "wasted": 22 * 110}
+
+
+def test_a_forecast_that_was_taken_back_is_not_judged() -> None:
+    ledger = Ledger()
+    ledger.expect(told(), 90)
+    ledger.withdraw("ann")
+    ledger.withdraw("bob")
+    assert ledger.sweep(1000) == []
     assert ledger.faith("ann") == 1
 
 
