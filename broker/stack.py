@@ -124,7 +124,7 @@ class Stack:
             installation_key=self._identity.key,
             image=config.sandbox.docker.image if self.driver.name == "docker" else self.driver.name,
         )
-        self.pool = Pool(runtime, WarmMaker(runtime))
+        self.pool = Pool(runtime, WarmMaker(runtime), users=lambda: self.registry.warm())
         self.registry = Registry(runtime, Solo(config.broker.node), pool=self.pool)
         for part in (web_app, shelf, self.pool, self.registry):
             self._closing.push_async_callback(part.close)

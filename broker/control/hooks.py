@@ -26,14 +26,16 @@ async def session(request: web.Request) -> web.Response:
             await _stop(request, wanted)
         await context.access.admit_hook(call, wanted.user, wanted.workspace)
         return answer(schema.Accepted(user=wanted.user, workspace=wanted.workspace), 202)
+    if wanted.action == "prewarm":
+        if not replay:
+            await context.registry.prewarm(wanted.user, wanted.workspace, wanted.agent, create=True, announced=True)
+        await context.access.admit_hook(call, wanted.user, wanted.workspace)
+        return answer(schema.Accepted(user=wanted.user, workspace=wanted.workspace), 202)
     created = False
     if replay:
         found = await context.registry.load(wanted.user, wanted.workspace)
     else:
         found, created = await context.registry.create(wanted.user, wanted.workspace, wanted.agent)
-    if wanted.action == "prewarm":
-        await context.access.admit_hook(call, wanted.user, wanted.workspace)
-        return answer(schema.Accepted(user=found.user, workspace=found.workspace), 202)
     minted = await context.access.mint_for_hook(call, found.user, found.workspace)
     return answer(attachable(context, found, minted), 201 if created else 200)
 

@@ -80,7 +80,7 @@ async def stop(request: web.Request) -> web.Response:
 async def prewarm(request: web.Request) -> web.Response:
     """Says that this user will come."""
     context = control(request)
-    session, _ = await context.registry.create(user_of(request), workspace_of(request), None)
+    session = await context.registry.prewarm(user_of(request), workspace_of(request), create=True, announced=True)
     return answer(schema.Accepted(user=session.user, workspace=session.workspace), 202)
 
 

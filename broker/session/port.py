@@ -78,6 +78,9 @@ class SessionPort(Protocol):
     async def wait_ready(self) -> None:
         """Brings the session up if need be; returns when it is ready. Raises ``CortexError``."""
 
+    def prewarm(self, *, announced: bool = True) -> None:
+        """Somebody will come, at any moment where it was ``announced``: has it ready for them. No use of it."""
+
     async def stop(self) -> None:
         """Stops the sandbox; the session, its home and its journal stay."""
 
@@ -104,6 +107,11 @@ class RegistryPort(Protocol):
         """Creates or loads, and starts its bring-up without waiting; the flag says created.
 
         Raises ``UNKNOWN_AGENT`` or ``SESSION_CONFLICT`` (other agent)."""
+
+    async def prewarm(
+        self, user: str, workspace: str, agent: str | None = None, *, create: bool = False, announced: bool = False
+    ) -> SessionPort:
+        """Has a session ready ahead, for somebody who will come. Raises ``NO_SESSION``, unless it may ``create`` it."""
 
     async def load(self, user: str, workspace: str) -> SessionPort:
         """Raises ``NO_SESSION``."""

@@ -31,6 +31,9 @@ log = structlog.get_logger(__name__)
 TICK = 15.0
 """Seconds between looks at which sessions to refresh or unload."""
 
+AT_ONCE = 200
+"""Sessions looked at without a break for others."""
+
 Key = tuple[str, str]
 
 
@@ -45,7 +48,8 @@ def check_name(kind: str, name: str) -> None:
 
 
 class Registry:
-    """``clock`` gives seconds since the epoch; ``pool`` has warm sandboxes for those who come."""
+    """``clock`` gives seconds since the epoch, ``steady`` seconds that never jump; ``pool`` has warm sandboxes for whoever
+    comes."""
 
     def __init__(
         self,
@@ -53,11 +57,14 @@ class Registry:
         directory: Directory,
         clock: Callable[[], float] = time.time,
         pool: Takes = NO_POOL,
+        *,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runtime = runtime
         self._pool = pool
         self._directory = directory
         self._clock = clock
+        self._steady = steady
         self._sessions: dict[Key, Session] = {}
         self._turns: dict[Key, asyncio.Future[None]] = {}
         self._tasks = TaskOwner("registry")
@@ -73,6 +80,20 @@ class Registry:
 
     async def create(self, user: str, workspace: str, agent: str | None) -> tuple[SessionPort, bool]:
         """Creates or loads, and starts its bring-up; the flag says created."""
+        session, created = await self._found(user, workspace, agent)
+        session.wake()
+        return session, created
+
+    async def prewarm(
+        self, user: str, workspace: str, agent: str | None = None, *, create: bool = False, announced: bool = False
+    ) -> SessionPort:
+        """Somebody will come, at any moment where that was ``announced``: has their session ready ahead. Raises
+        ``NO_SESSION`` for one that there is not yet, unless it may ``create`` it."""
+        session = (await self._found(user, workspace, agent))[0] if create else await self._loaded(user, workspace)
+        session.prewarm(announced=announced)
+        return session
+
+    async def _found(self, user: str, workspace: str, agent: str | None) -> tuple[Session, bool]:
         check_name("user id", user)
         check_name("workspace name", workspace)
         config = self._runtime.config()
@@ -94,11 +115,13 @@ class Registry:
                 f"the session exists with agent {session.agent!r}",
                 hint="use another workspace name, or delete the session first",
             )
-        session.wake()
         return session, created
 
     async def load(self, user: str, workspace: str) -> SessionPort:
         """The stored session. Raises ``NO_SESSION``."""
+        return await self._loaded(user, workspace)
+
+    async def _loaded(self, user: str, workspace: str) -> Session:
         session = self.held(user, workspace)
         if session is None:
             async with _Turn(self._turns, (user, workspace)):
@@ -148,7 +171,7 @@ class Registry:
                 f"the session's agent {row.agent!r} is no longer configured",
                 hint=f"put [agents.{row.agent}] back into config.toml, or delete the session",
             )
-        session = Session(self._runtime, row, self._clock, self._pool)
+        session = Session(self._runtime, row, self._clock, self._pool, steady=self._steady)
         self._sessions[row.user, row.workspace] = session
         return session
 
@@ -278,7 +301,9 @@ class Registry:
 
     async def _look(self) -> None:
         limit = self._runtime.config().session.unload_after_s
-        for session in list(self._sessions.values()):
+        for number, session in enumerate(list(self._sessions.values()), 1):
+            if number % AT_ONCE == 0:
+                await asyncio.sleep(0)
             session.tick()
             if session.idle and self._clock() - session.idle_since > limit:
                 await self._drop(session)
@@ -292,6 +317,11 @@ class Registry:
         self._closing.set()
         await self._tasks.close()
         await asyncio.gather(*(self._drop(session) for session in list(self._sessions.values())))
+
+    def warm(self) -> Sequence[tuple[str, str]]:
+        """Agent and state (hot or paused) of each session that is up though nobody asks for it."""
+        held = self._sessions.values()
+        return [(one.agent, "paused" if one.state == "paused" else "hot") for one in held if one.warm]
 
     def states(self) -> dict[str, int]:
         """How many held sessions are in each state."""

@@ -125,6 +125,7 @@ class FakeSession:
         self.turns_done = asyncio.Event()
         self.stops = 0
         self.woken = 0
+        self.announced = 0
 
     def attach(self, client: AttachedClient) -> None:
         self.clients.append(client)
@@ -147,6 +148,9 @@ class FakeSession:
         self.state = "starting"
         await self.gate.wait()
         self.state = "ready"
+
+    def prewarm(self, *, announced: bool = True) -> None:
+        self.announced += announced
 
     async def stop(self) -> None:
         self.stops += 1
@@ -198,6 +202,17 @@ class FakeRegistry:
             raise CortexError(Code.SESSION_CONFLICT, "it has another agent", hint="delete it first")
         found.woken += 1
         return found, False
+
+    async def prewarm(
+        self, user: str, workspace: str, agent: str | None = None, *, create: bool = False, announced: bool = False
+    ) -> FakeSession:
+        found = self.held(user, workspace)
+        if found is None and create:
+            found = self.sessions[user, workspace] = FakeSession(user, workspace, agent or "demo", self.tasks)
+        if found is None:
+            raise CortexError(Code.NO_SESSION, "there is no such session", hint="create it")
+        found.prewarm(announced=announced)
+        return found
 
     async def load(self, user: str, workspace: str) -> FakeSession:
         found = self.sessions.get((user, workspace))

@@ -115,10 +115,11 @@ async def test_show_stop_timeline_delete(api: Api) -> None:
         await api.access.verify(created["token"])
 
 
-async def test_prewarm_accepts_and_brings_up(api: Api) -> None:
+async def test_prewarm_says_that_somebody_comes_and_is_no_use(api: Api) -> None:
     status, told = await api.call("POST", "/v1/sessions/alice/main/prewarm")
     assert (status, told["accepted"]) == (202, True)
-    assert api.registry.sessions["alice", "main"].woken == 1
+    session = api.registry.sessions["alice", "main"]
+    assert (session.announced, session.woken) == (1, 0)
 
 
 async def test_tokens_tickets_and_revoking(api: Api) -> None:

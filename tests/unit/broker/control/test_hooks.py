@@ -81,7 +81,10 @@ async def test_another_key_does_not_sign(api: Api) -> None:
 
 
 async def test_a_hook_pre_warms_and_stops(api: Api) -> None:
-    assert (await api.hook({"user": "a", "action": "prewarm"}, hook_id="1"))[0] == 202
+    for _ in range(2):
+        assert (await api.hook({"user": "a", "action": "prewarm"}, hook_id="1"))[0] == 202
+    session = api.registry.sessions["a", "main"]
+    assert (session.announced, session.woken) == (1, 0)
     assert (await api.hook({"user": "a", "action": "stop"}, hook_id="2"))[0] == 202
     assert (await api.hook({"user": "a", "action": "stop"}, hook_id="2"))[0] == 202
     assert api.registry.sessions["a", "main"].stops == 1
