@@ -118,9 +118,8 @@ class Broker:
             require_local(front, "front.listen")
             require_local(control, "control.listen")
         self.front_url, self.control_url = url(front, "ws"), url(control, "http")
-        self.control = ControlServer(
-            Control(self.registry, self.access, self.users, self.config, lambda: self.front_url, self.health)
-        )
+        about = (self.registry, self.access, self.users, self.config, lambda: self.front_url, self.health)
+        self.control = ControlServer(Control(*about, self.stack.keeper))
         self._open.push_async_callback(self.control.close)
         await self.control.start(*control)
         self.front = FrontDoor(self.registry, self.access, self.config, self._tasks)

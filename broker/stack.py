@@ -23,7 +23,7 @@ from broker.session.assembly import Assembler
 from broker.session.credentials import VaultCredentials
 from broker.session.directory import Solo
 from broker.session.pool import Pool
-from broker.session.providers import BuilderNetwork, FileCredentials
+from broker.session.providers import BuilderNetwork, Credentials, FileCredentials
 from broker.session.registry import Registry
 from broker.session.sandbox import Runtime
 from broker.session.sources import FilesSource, HttpSource, StoreSource
@@ -53,27 +53,34 @@ class Stack:
         self._db = db
         self._identity = identity
         self._store = SessionStore(db)
+        self._credentials: Credentials = FileCredentials()
+        self.keeper: Keeper | None = None
+        """Of the vault; None where sandboxes are not isolated."""
 
     async def open(self) -> None:
         """Raises ``CortexError``."""
-        await self._open_vault()
         await self._open_driver()
+        await self._open_vault()
         await self._open_gateway()
         self._open_sessions()
 
     async def _open_vault(self) -> None:
+        if not self.driver.isolated:
+            # The agent could read the keys, so there are none.
+            return
         file = KeyFile.at(Path(self._config().vault.key_file), os.environ)
         self.keeper = await Keeper.open(self._db, file, self._identity.key)
         self._closing.push_async_callback(self.keeper.close)
-        self._credentials = VaultCredentials(
+        credentials = VaultCredentials(
             self.keeper.vault,
             self._config,
-            FileCredentials(),
+            self._credentials,
             changed=lambda user: self.registry.config_changed(user, "credentials"),
             awake=lambda user: self.registry.awake(user),
         )
-        self._closing.push_async_callback(self._credentials.close)
-        self._credentials.start()
+        self._closing.push_async_callback(credentials.close)
+        credentials.start()
+        self._credentials = credentials
 
     async def _open_driver(self) -> None:
         config = self._config()

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from broker import __version__
-from broker.config import USER_ID
+from broker.config import NAME, USER_ID
 from broker.control.routes import ROUTE_TABLE, Route
 from broker.control.schema import Problem
 from broker.errors import Code
@@ -23,6 +23,7 @@ _PATH_NAMES: dict[str, dict[str, Any]] = {
     "user": {"type": "string", "pattern": f"^{USER_ID.pattern}$"},
     "workspace": {"type": "string", "pattern": f"^{USER_ID.pattern}$"},
     "section": {"type": "string", "enum": list(SECTIONS)},
+    "provider": {"type": "string", "pattern": f"^{NAME.pattern}$"},
 }
 _SECURITY: dict[str, list[dict[str, list[str]]]] = {"admin": [{"admin": []}], "hook": [{"hook": []}], "none": []}
 

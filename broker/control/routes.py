@@ -14,6 +14,7 @@ from broker.config import Config
 from broker.errors import Code
 from broker.host.tasks import TaskOwner
 from broker.session.port import RegistryPort
+from broker.store.keeper import Keeper
 from broker.store.users import UserStore
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -25,6 +26,7 @@ class Control:
 
     ``config``: the tree of the moment. ``front_url``: ``ws://host:port`` of the front door, without a
     path. ``health``: what readiness depends on, by name; an empty string is good, else what is wrong.
+    ``keeper``: of the vault; None where there is none, because sandboxes are not isolated.
     """
 
     registry: RegistryPort
@@ -33,6 +35,7 @@ class Control:
     config: Callable[[], Config]
     front_url: Callable[[], str]
     health: Callable[[], Awaitable[Mapping[str, str]]]
+    keeper: Keeper | None
     tasks: TaskOwner = field(default_factory=lambda: TaskOwner("control"))
 
 

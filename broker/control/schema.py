@@ -152,6 +152,71 @@ class SectionStored(SectionAnswer):
     applied: list[AppliedTo] = Field(description="Sessions in memory.")
 
 
+class PutCredential(Body):
+    """A credential on its way in."""
+
+    kind: Literal["api_key", "oauth", "file"] = "api_key"
+    mode: Literal["gateway", "file"] | None = Field(
+        None, description="How it reaches the agent; follows from the kind."
+    )
+    value: str | dict[str, JsonValue] = Field(
+        repr=False, description="The key; or a token set; or the CLI's own credential file, as text or object."
+    )
+
+
+class Credential(Answer):
+    """What may be told of a credential; never its value."""
+
+    user: str
+    provider: str
+    kind: Literal["api_key", "oauth", "file"]
+    mode: Literal["gateway", "file"]
+    fingerprint: str = Field(description="Equal for equal values of one user and provider; made with a key.")
+    created_at: datetime
+    updated_at: datetime
+    expires_at: datetime | None = None
+    problem: str = Field("", description="Why it could not be renewed.")
+
+
+class CredentialStored(Credential):
+    effect: Literal["now", "next_turn", "next_session", "next_start"] = Field(
+        description="When it has taken effect everywhere."
+    )
+    applied: list[AppliedTo] = Field(description="Sessions in memory.")
+
+
+class Credentials(Answer):
+    credentials: list[Credential] = Field(description="By provider.")
+
+
+class CredentialDeleted(Answer):
+    user: str
+    provider: str
+    deleted: Literal[True] = True
+    effect: Literal["now", "next_turn", "next_session", "next_start"] = Field(
+        description="When it has taken effect everywhere."
+    )
+    applied: list[AppliedTo] = Field(description="Sessions in memory.")
+
+
+class VaultKey(Answer):
+    id: str
+    sealed: int = Field(description="Credentials that are sealed with it.")
+
+
+class VaultKeys(Answer):
+    key_file: str
+    keys: list[VaultKey] = Field(description="The one that seals first.")
+
+
+class Rotated(Answer):
+    key: str = Field(description="The key that seals now.")
+    sealed: int = Field(description="Credentials that were sealed anew.")
+    refused: int = Field(description="Credentials that did not open; their keys are kept.")
+    dropped: list[str]
+    kept: list[str]
+
+
 class Erased(Answer):
     user: str
     sessions: int

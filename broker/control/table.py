@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from broker.control import health, hooks, openapi, prompt, schema, sessions, users
+from broker.control import credentials, health, hooks, openapi, prompt, schema, sessions, users
 from broker.control.routes import Route
 from broker.errors import Code
 
 SESSION = "/v1/sessions/{user}/{workspace}"
 SECTION = "/v1/users/{user}/config/{section}"
+CREDENTIALS = "/v1/users/{user}/credentials"
+CREDENTIAL = f"{CREDENTIALS}/{{provider}}"
 _BRINGUP = (Code.BRINGUP_TIMEOUT, Code.ENGINE_DOWN, Code.IMAGE_MISSING, Code.AGENT_MISSING, Code.AGENT_FAILED)
 
 ROUTES: tuple[Route, ...] = (
@@ -91,6 +93,55 @@ ROUTES: tuple[Route, ...] = (
         body=users.Section,
         answer=schema.SectionStored,
         errors=(Code.BAD_SECTION, Code.DISK_FULL),
+    ),
+    Route(
+        "GET",
+        CREDENTIALS,
+        credentials.page,
+        "List a user's credentials",
+        answer=schema.Credentials,
+        errors=(Code.ISOLATION_MISSING,),
+    ),
+    Route(
+        "GET",
+        CREDENTIAL,
+        credentials.show,
+        "Show what there is of a credential; never its value",
+        answer=schema.Credential,
+        errors=(Code.NO_CREDENTIAL, Code.ISOLATION_MISSING),
+    ),
+    Route(
+        "PUT",
+        CREDENTIAL,
+        credentials.put,
+        "Store a credential; answers when running sandboxes have the use of it",
+        body=schema.PutCredential,
+        answer=schema.CredentialStored,
+        errors=(Code.UNKNOWN_PROVIDER, Code.BAD_CREDENTIAL, Code.DISK_FULL, Code.ISOLATION_MISSING),
+    ),
+    Route(
+        "DELETE",
+        CREDENTIAL,
+        credentials.delete,
+        "Erase a credential",
+        answer=schema.CredentialDeleted,
+        errors=(Code.NO_CREDENTIAL, Code.ISOLATION_MISSING),
+    ),
+    Route(
+        "GET",
+        "/v1/vault",
+        credentials.keys,
+        "The keys that credentials are sealed with",
+        answer=schema.VaultKeys,
+        errors=(Code.ISOLATION_MISSING,),
+    ),
+    Route(
+        "POST",
+        "/v1/vault/rotate",
+        credentials.rotate,
+        "Make a new key, seal everything with it, and drop the old ones",
+        answer=schema.Rotated,
+        errors=(Code.VAULT_KEY_READ_ONLY, Code.VAULT_KEY, Code.DISK_FULL, Code.ISOLATION_MISSING),
     ),
     Route("DELETE", "/v1/users/{user}", users.erase, "Erase everything of a user", answer=schema.Erased),
     Route(

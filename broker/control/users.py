@@ -32,6 +32,11 @@ def latest(applied: Sequence[Applied]) -> Effect:
     return next((effect for effect in reversed(EFFECTS) if effect in found), "now")
 
 
+def applied_to(applied: Sequence[Applied]) -> list[schema.AppliedTo]:
+    """As it is answered."""
+    return [schema.AppliedTo(**{key: item for key, item in asdict(one).items() if key != "user"}) for one in applied]
+
+
 async def get_section(request: web.Request) -> web.Response:
     """A section as it is stored."""
     user, section = user_of(request), request.match_info["section"]
@@ -54,9 +59,7 @@ async def put_section(request: web.Request) -> web.Response:
         value=value,
         version=version,
         effect=latest(applied),
-        applied=[
-            schema.AppliedTo(**{key: item for key, item in asdict(one).items() if key != "user"}) for one in applied
-        ],
+        applied=applied_to(applied),
     )
     return answer(told)
 
@@ -65,5 +68,7 @@ async def erase(request: web.Request) -> web.Response:
     """Erases everything of a user. Sessions first: what fails there leaves the rest to try again."""
     context, user = control(request), user_of(request)
     sessions = await context.registry.erase_user(user)
+    if context.keeper is not None:
+        await context.keeper.vault.erase(user)
     await context.users.delete(user)
     return answer(schema.Erased(user=user, sessions=sessions))

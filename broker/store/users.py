@@ -52,9 +52,13 @@ class UserStore:
         return int(rows[0][0])
 
     async def delete(self, user: str) -> None:
-        """Erases the user's sections, tokens, hook receipts and activity, all or none. Sessions are the registry's."""
+        """Erases the user's sections, credentials, tokens, hook receipts and activity, all or none.
+
+        Sessions are the registry's; a vault that is open has erased the credentials before.
+        """
         await self._db.write(
             ("DELETE FROM sections WHERE user = ?", (user,)),
+            ("DELETE FROM credentials WHERE user = ?", (user,)),
             ("DELETE FROM tokens WHERE user = ?", (user,)),
             ("DELETE FROM hook_receipts WHERE user = ?", (user,)),
             *forget_activity(user),

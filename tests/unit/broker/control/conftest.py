@@ -20,6 +20,8 @@ from broker.config import Config
 from broker.control.api import ControlServer
 from broker.control.routes import Control
 from broker.store.db import Database
+from broker.store.keeper import Keeper
+from broker.store.keys import KeyFile
 from broker.store.tokens import TokenStore
 from broker.store.users import UserStore
 from tests.unit.broker.control.fakes import FakeRegistry
@@ -72,7 +74,8 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
         return health
 
     registry = FakeRegistry()
-    control = Control(registry, access, UserStore(db), lambda: config, lambda: "ws://127.0.0.1:1", checks)
+    keeper = await Keeper.open(db, KeyFile(tmp_path / "state" / "vault.key"), bytes(32))
+    control = Control(registry, access, UserStore(db), lambda: config, lambda: "ws://127.0.0.1:1", checks, keeper)
     server = ControlServer(control)
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -84,4 +87,5 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
         yield Api(url, http, registry, access, clock, health, control)
     await server.close()
     await registry.tasks.close()
+    await keeper.close()
     await db.close()
