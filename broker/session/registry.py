@@ -48,8 +48,8 @@ def check_name(kind: str, name: str) -> None:
 
 
 class Registry:
-    """``clock`` gives seconds since the epoch, ``steady`` seconds that never jump; ``pool`` has warm sandboxes for whoever
-    comes."""
+    """``clock`` gives seconds since the epoch, ``steady`` seconds that never jump; ``pool`` has warm sandboxes for
+    whoever comes."""
 
     def __init__(
         self,
@@ -252,6 +252,9 @@ class Registry:
                 session = await self._load(record.user, record.workspace)
             if session is None:
                 raise _no_session(record.user, record.workspace)
+            if session.cut_short:
+                # Its agent server may have been told to end, and will never call again.
+                raise CortexError(Code.SESSION_STOPPED, "the session was being stopped", hint="it is stopped now")
             box = self._place(adopted, session)
             return await session.adopt(box)
         except CortexError:

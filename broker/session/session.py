@@ -18,6 +18,7 @@ import structlog
 from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
 from broker.metrics import CONFIG_ASSEMBLY
+from broker.session.applying import Applying
 from broker.session.attempts import Attempts
 from broker.session.bringup import BringUp, Prepared, Subject
 from broker.session.claim import NO_POOL, Takes
@@ -75,6 +76,9 @@ class Session:
         self._life = Life(runtime.store, row, clock, lambda: self._configuration.generation)
         self._tasks = TaskOwner(f"session.{row.id}")
         self._mailbox = Mailbox(row.id, lambda error: self._ends.fail(crashed(error)))
+        self._applying = Applying(
+            runtime, self._subject, self._life, self._clients, self._custody, self._configuration, self._mailbox
+        )
         self._attempts = Attempts(
             row.id,
             lambda timeline: BringUp(runtime, self._subject, timeline, pool),
@@ -136,6 +140,11 @@ class Session:
         return self._life.state == "ready" and not self._resting.going
 
     @property
+    def cut_short(self) -> bool:
+        """The last broker ended while it stopped the session."""
+        return self._life.row.state == "stopping"
+
+    @property
     def idle(self) -> bool:
         """Nothing runs or is left to put away, nobody is attached, nothing waits: it may leave memory."""
         at_rest = self._life.state in ("stopped", "failed") and self._custody.left is None
@@ -150,7 +159,7 @@ class Session:
         if not self._serving:
             self._rouse()
         elif self._configuration.old:
-            self._apply_soon()
+            self._applying.soon()
         else:
             CONFIG_ASSEMBLY.labels("hit").inc()
 
@@ -238,7 +247,7 @@ class Session:
         elif announced:
             self._rouse()
         if self._serving and (self._configuration.dirty or self._configuration.old):
-            self._apply_soon()
+            self._applying.soon()
         self._idling.look()
 
     def _ask(self) -> None:
@@ -265,7 +274,7 @@ class Session:
     def settings_changed(self) -> None:
         """config.toml is another one now."""
         self._configuration.changed()
-        self._apply_soon()
+        self._applying.soon()
         self._idling.settings_changed()
 
     async def stop(self) -> None:
@@ -286,17 +295,7 @@ class Session:
 
     async def config_changed(self, section: str) -> Applied:
         """Assembles anew and binds what differs; returns when the sandbox has acknowledged."""
-        self._configuration.changed()
-        settings = self._runtime.config().session
-        limit = settings.bringup_timeout_s + settings.bind_timeout_s + SLACK_S
-        try:
-            async with asyncio.timeout(limit):
-                await self._life.until(lambda: self._life.state != "starting")
-                result: Applied = await self._mailbox.ask(self._apply)
-        except (TimeoutError, CortexError) as error:
-            failed = error if isinstance(error, CortexError) else _too_busy(limit)
-            return Applied(self.user, self.workspace, "failed", {}, failed.problem())
-        return result
+        return await self._applying.changed()
 
     # -- bring-up ------------------------------------------------------------------------------
 
@@ -316,10 +315,10 @@ class Session:
         self._attempt(Timeline(self._runtime.driver.name, intent=not self._claims.asked), self._start)
 
     async def _wake(self) -> None:
-        refresh = self._refresh if self._configuration.dirty else None
+        refresh = self._applying.refresh if self._configuration.dirty else None
         hold_s = self._runtime.config().session.bind_hold_s
         if await self._resting.wake(self._claims.timeline(), refresh, hold_s) and self._configuration.old:
-            self._apply_soon()
+            self._applying.soon()
 
     def _attempt(self, timeline: Timeline, work: Callable[[BringUp], Awaitable[Prepared]]) -> asyncio.Task[None]:
         generation = self._configuration.generation
@@ -358,7 +357,7 @@ class Session:
         self._ends.watch(box)
         self._idling.came_up(adopted=bringup.timeline.path == ADOPTED)
         if configuration.dirty:
-            self._apply_soon()
+            self._applying.soon()
 
     async def adopt(self, box: Sandbox) -> asyncio.Task[None]:
         """Takes over a sandbox that outlived the last broker; the task ends when it is ready, or has failed."""
@@ -377,42 +376,12 @@ class Session:
             lambda bringup: bringup.readopt(box, configuration.generation, configuration.assembled),
         )
 
-    # -- configuration -------------------------------------------------------------------------
-
-    def _apply_soon(self) -> None:
-        """Coalesced: however often it is called before the actor comes to it, it is done once."""
-        self._mailbox.post_once("apply", self._refresh)
-
-    async def _refresh(self) -> None:
-        applied = await self._apply()
-        if applied.error is not None:
-            log.warning("config_not_applied", session=self.id, error=applied.error)
-
-    async def _apply(self) -> Applied:
-        """Sends what differs to a running sandbox; one that is starting applies it when it is up."""
-        box, configuration = self._custody.box, self._configuration
-        if self._life.state != "ready" or box is None:
-            return Applied(self.user, self.workspace, "stored", {})
-        try:
-            effect = await configuration.apply(box, self._clients)
-        except CortexError as error:
-            configuration.warnings = (str(error),)
-            return Applied(self.user, self.workspace, "failed", {}, error.problem())
-        # The cached copy is for the next broker; whoever waits for the change need not wait for it.
-        self._mailbox.post_once("save", self._save_configuration)
-        return Applied(self.user, self.workspace, "applied", effect)
-
-    async def _save_configuration(self) -> None:
-        configuration = self._configuration
-        if configuration.assembled is not None:
-            await self._life.save(config=configuration.assembled.dump(), config_at=configuration.assembled_at)
-
     def tick(self) -> None:
         """Called now and then by the registry: mends what is left over and keeps a session in use fresh."""
         self._idling.tick()
         configuration = self._configuration
         if self._life.state == "ready" and (configuration.dirty or (self._clients and configuration.old)):
-            self._apply_soon()
+            self._applying.soon()
         elif self._custody.left is not None and wants_bringup(self._life.state):
             self._mailbox.post_once("tidy", self._ends.tidy)
 
@@ -437,7 +406,7 @@ class Session:
         told = str(error) if error is not None else ""
         log.info("package_failed" if told else "package_ready", session=self.id, spec=spec, error=told)
         self._configuration.landed(spec)
-        self._apply_soon()
+        self._applying.soon()
         self._idling.look()
 
     # -- rest ----------------------------------------------------------------------------------
@@ -489,11 +458,3 @@ class Session:
         self._mailbox.close()
         await self._custody.let_go()
         self._life.close()
-
-
-def _too_busy(limit: float) -> CortexError:
-    return CortexError(
-        Code.BRINGUP_TIMEOUT,
-        f"the session did not come to it within {limit:g} s",
-        hint="the change is stored and applied when it is up",
-    )

@@ -133,6 +133,20 @@ class BrokerProcess:
             assert fine, f"{method} {path}: {response.status} {text}\n{self.log_tail()}"
             return json.loads(text) if text.startswith(("{", "[")) else text
 
+    async def drain_pool(self) -> None:
+        """Takes the pools out of the settings; returns when no slot is left. Sessions have to be gone."""
+        kept, pool = [], False
+        for line in self.config_path.read_text().splitlines():
+            if line.startswith("["):
+                pool = line.startswith("[pool.agents")
+            kept += [] if pool else [line]
+        draft = self.config_path.with_suffix(".new")
+        draft.write_text("\n".join(kept) + "\n")
+        draft.rename(self.config_path)
+        async with asyncio.timeout(30):
+            while os.listdir(self.state_dir / "slots"):
+                await asyncio.sleep(0.05)
+
     async def refused(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The problem details of a call that must fail; each has a code and says what to do."""
         headers = {"Authorization": f"Bearer {self.admin_token}"}
@@ -210,6 +224,8 @@ async def running(
         while views := (await broker.api("GET", "/v1/sessions?limit=100"))["sessions"]:
             paths = [f"/v1/sessions/{view['user']}/{view['workspace']}" for view in views]
             await asyncio.gather(*(broker.api("DELETE", path) for path in paths))
+        if "[pool.agents" in broker.config_path.read_text():
+            await broker.drain_pool()
         await broker.stop()
     for name in ("slots", "homes"):
         left = os.listdir(broker.state_dir / name)

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.timeout(900)
 
 KEY = home_key("ann", "main")
 POOL = "[pool.agents.demo]\nminimum = 0\ntarget = 1\nmaximum = 2\nhot = 1\n"
+HOT = 'cortex_pool_size{agent="demo",kind="generic",state="hot"}'
 STEPS = 120
 """More than there are; a run that is not killed ends the test."""
 KILLS = int(os.environ.get("CORTEX_TEST_KILLS", "0"))
@@ -93,7 +94,7 @@ async def say(broker: BrokerProcess, text: str) -> str:
 async def warm(broker: BrokerProcess) -> None:
     """Returns when a warm sandbox waits."""
     async with asyncio.timeout(30):
-        while (await broker.api("GET", "/v1/pool"))["agents"]["demo"]["hot"] < 1:
+        while await broker.metric(HOT) < 1:
             await asyncio.sleep(0.05)
 
 
