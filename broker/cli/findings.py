@@ -26,6 +26,7 @@ from broker.sandbox.process import ProcessDriver
 from broker.sandbox.slots import Slots
 from broker.settings import Loaded
 from broker.store.db import SAFE_SQLITE
+from broker.store.keys import KeyFile
 
 Level = Literal["ok", "note", "warning", "failure"]
 
@@ -144,10 +145,11 @@ def check_state(config: Config) -> list[Finding]:
 
 
 def check_secrets(config: Config) -> list[Finding]:
-    """The admin token and the hook secrets."""
+    """The admin token, the hook secrets and the vault's keys."""
     files: Mapping[str, tuple[str, Callable[[Path], Any]]] = {
         "access.admin_token": (config.control.admin_token_file, admin_token),
         "access.hook_secrets": (config.control.hook_secrets_file, hook_keys),
+        "vault.key": (config.vault.key_file, lambda path: KeyFile.at(path, os.environ).read()),
     }
     found = []
     for code, (name, read) in files.items():

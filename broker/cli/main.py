@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from broker import __version__
-from broker.cli import attach, bench, config, demo, doctor, output, serve, session, token, user
+from broker.cli import attach, bench, config, demo, doctor, output, serve, session, token, user, vault
 from broker.errors import CortexError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command()(doctor.doctor)
 app.add_typer(session.app, name="session")
 app.add_typer(user.app, name="user")
 app.add_typer(token.app, name="token")
+app.add_typer(vault.app, name="vault")
 app.command()(attach.attach)
 app.command()(bench.bench)
 

@@ -70,6 +70,7 @@ async def _overrides(directory: Path, driver: Driver, found: Settings) -> dict[s
         "control.listen": "127.0.0.1:0",
         "control.admin_token_file": str(directory / "state" / "admin.token"),
         "control.hook_secrets_file": str(directory / "state" / "hook.secrets"),
+        "vault.key_file": str(directory / "state" / "vault.key"),
         "control.public_ws_url": "",
         "gateway.mode": "child",
         "gateway.link": str(directory / "run" / "gateway.sock"),

@@ -11,9 +11,10 @@ import pytest
 
 from broker.cli import findings
 from broker.cli.main import main
-from broker.config import BrokerConfig, Config, ControlConfig, SandboxSettings
+from broker.config import BrokerConfig, Config, ControlConfig, SandboxSettings, VaultConfig
 from broker.control.keyfiles import admin_token, hook_keys
 from broker.errors import Code, CortexError
+from broker.store.keys import KeyFile
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -97,7 +98,8 @@ def test_doctor_on_limits_versions_and_users() -> None:
 
 def config_in(state: Path) -> Config:
     control = ControlConfig(admin_token_file=str(state / "admin.token"), hook_secrets_file=str(state / "hook.secrets"))
-    return Config(broker=BrokerConfig(state_dir=state), control=control)
+    vault = VaultConfig(key_file=str(state / "vault.key"))
+    return Config(broker=BrokerConfig(state_dir=state), control=control, vault=vault)
 
 
 def test_doctor_on_the_state_directory(tmp_path: Path) -> None:
@@ -116,13 +118,17 @@ def test_doctor_on_the_state_directory(tmp_path: Path) -> None:
 
 def test_doctor_on_secrets(tmp_path: Path) -> None:
     config = config_in(tmp_path)
-    assert levels(findings.check_secrets(config)) == {"access.admin_token": "ok", "access.hook_secrets": "ok"}
+    good = {"access.admin_token": "ok", "access.hook_secrets": "ok", "vault.key": "ok"}
+    assert levels(findings.check_secrets(config)) == good
     admin_token(tmp_path / "admin.token", make=True)
     hook_keys(tmp_path / "hook.secrets", make=True)
+    KeyFile(tmp_path / "vault.key").create()
+    assert levels(findings.check_secrets(config)) == good
     (tmp_path / "admin.token").chmod(0o644)
+    (tmp_path / "vault.key").chmod(0o644)
     found = findings.check_secrets(config)
-    assert levels(found) == {"access.admin_token": "failure", "access.hook_secrets": "ok"}
-    assert "chmod 600" in found[0].fix
+    assert levels(found) == good | {"access.admin_token": "failure", "vault.key": "failure"}
+    assert all("chmod 600" in finding.fix for finding in found if finding.level == "failure")
 
 
 async def test_doctor_on_an_engine_that_is_not_there(tmp_path: Path) -> None:

@@ -121,6 +121,47 @@ async def test_user_sections(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     assert (status, "config.unknown_section" in err) == (1, True)
 
 
+async def test_credentials_come_from_stdin_and_are_never_printed(
+    run: Run, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = {"kind": "anthropic", "base_url": "https://a.example"}
+    config = Config.model_validate({"gateway": {"providers": {"anthropic": provider}}})
+    object.__setattr__(api.control, "config", lambda: config)
+
+    def given(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    status, out, err = await run("user", "credential", "list", "alice")
+    assert (status, out) == (0, "")
+    assert "cortex user credential set" in err
+    given(b"sk-told-1\n")
+    status, out, err = await run("user", "credential", "set", "alice", "anthropic")
+    assert (status, out) == (0, "")
+    assert "stored with fingerprint" in err
+    given(b'{"a": "sk-told-2"}')
+    file = await data(run, "user", "credential", "set", "alice", "anthropic", "--kind", "file")
+    assert (file["kind"], file["mode"]) == ("file", "file")
+    _, out, _ = await run("user", "credential", "list", "alice")
+    assert out.splitlines()[1].split()[:3] == ["anthropic", "file", "file"]
+    given(b"sk-told-3\xff")
+    status, _, err = await run("user", "credential", "set", "alice", "anthropic")
+    assert (status, "not UTF-8" in err) == (1, True)
+    assert "told" not in err
+    _, _, err = await run("user", "credential", "delete", "alice", "anthropic")
+    assert "erased" in err
+    assert (await run("user", "credential", "delete", "alice", "anthropic"))[0] == 1
+
+
+async def test_the_vaults_keys(run: Run) -> None:
+    _, out, err = await run("vault", "status")
+    assert out.splitlines()[0].split() == ["key", "sealed"]
+    assert "keep a copy" in err
+    _, _, err = await run("vault", "rotate")
+    assert out.split()[2] in err.partition("dropped:")[2]
+    assert (await data(run, "vault", "rotate"))["sealed"] == 0
+    assert len((await data(run, "vault", "status"))["keys"]) == 1
+
+
 async def test_a_broker_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     status, _, err = await run("session", "list", "--control", "http://127.0.0.1:1")
     assert status == 1
