@@ -22,12 +22,15 @@ from broker.sandbox.slots import Slots
 from broker.session.assembly import Assembler
 from broker.session.credentials import VaultCredentials
 from broker.session.directory import Solo
+from broker.session.foresight import Foresight
 from broker.session.pool import Pool
+from broker.session.preparation import Preparation
 from broker.session.providers import BuilderNetwork, Credentials, FileCredentials
 from broker.session.registry import Registry
 from broker.session.sandbox import Runtime
 from broker.session.sources import FilesSource, HttpSource, StoreSource
 from broker.session.warm import WarmMaker
+from broker.store.activity import ActivityStore
 from broker.store.db import Database
 from broker.store.identity import Identity
 from broker.store.keeper import Keeper
@@ -54,6 +57,7 @@ class Stack:
         self._identity = identity
         self._store = SessionStore(db)
         self._credentials: Credentials = FileCredentials()
+        self.foresight = Foresight(ActivityStore(db), lambda: config().pool)
         self.keeper: Keeper | None = None
         """Of the vault; None where sandboxes are not isolated."""
 
@@ -130,10 +134,13 @@ class Stack:
             credentials=self._credentials,
             installation_key=self._identity.key,
             image=config.sandbox.docker.image if self.driver.name == "docker" else self.driver.name,
+            activity=self.foresight.activity,
         )
         self.pool = Pool(runtime, WarmMaker(runtime), users=lambda: self.registry.warm())
         self.registry = Registry(runtime, Solo(config.broker.node), pool=self.pool)
-        for part in (web_app, shelf, self.pool, self.registry):
+        self._preparation = Preparation(runtime, self.registry, self.pool, lambda: self._config().pool.agents)
+        # Sessions that are let go of note it.
+        for part in (self.foresight, web_app, shelf, self.pool, self.registry):
             self._closing.push_async_callback(part.close)
         self.registry.start()
 
@@ -145,6 +152,8 @@ class Stack:
         settling = [self.pool.adopt(adopted) for adopted in warm]
         settling += await self.registry.adopt_all([adopted for adopted in outcome.adopted if adopted not in warm])
         self.pool.start()
+        self.foresight.start(self._preparation)
+        self._closing.push_async_callback(self.foresight.stop_looking)
         self._tasks.start(self._complete_table(settling), "gateway_table")
         self._tasks.start(self.slots.empty_trash(), "empty_trash")
 

@@ -13,6 +13,7 @@ from broker.access import Access
 from broker.config import Config
 from broker.errors import Code
 from broker.host.tasks import TaskOwner
+from broker.session.foresight import Foresight
 from broker.session.port import RegistryPort
 from broker.store.keeper import Keeper
 from broker.store.users import UserStore
@@ -27,6 +28,7 @@ class Control:
     ``config``: the tree of the moment. ``front_url``: ``ws://host:port`` of the front door, without a
     path. ``health``: what readiness depends on, by name; an empty string is good, else what is wrong.
     ``keeper``: of the vault; None where there is none, because sandboxes are not isolated.
+    ``foresight``: who comes when.
     """
 
     registry: RegistryPort
@@ -36,6 +38,7 @@ class Control:
     front_url: Callable[[], str]
     health: Callable[[], Awaitable[Mapping[str, str]]]
     keeper: Keeper | None
+    foresight: Foresight
     tasks: TaskOwner = field(default_factory=lambda: TaskOwner("control"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.control import credentials, health, hooks, openapi, prompt, schema, sessions, users
+from broker.control import activity, credentials, health, hooks, openapi, prompt, schema, sessions, users
 from broker.control.routes import Route
 from broker.errors import Code
 
@@ -158,6 +158,37 @@ ROUTES: tuple[Route, ...] = (
             *(Code.HOOK_SIGNATURE, Code.HOOK_EXPIRED, Code.HOOK_CONFLICT),
             *(Code.UNKNOWN_AGENT, Code.SESSION_CONFLICT, Code.NO_SESSION),
         ),
+    ),
+    Route(
+        "GET",
+        "/v1/activity",
+        activity.overview,
+        "Who is active, and the hours of the week",
+        query=activity.Top,
+        answer=activity.Overview,
+    ),
+    Route(
+        "GET",
+        "/v1/activity/users/{user}",
+        activity.of_user,
+        "When a user is there",
+        answer=activity.UserActivity,
+    ),
+    Route(
+        "GET",
+        "/v1/activity/forecast",
+        activity.forecast,
+        "Who is expected, and how often that was right",
+        answer=activity.Forecast,
+    ),
+    Route(
+        "POST",
+        "/v1/activity/import",
+        activity.take_over,
+        "Take over what logs say of the past",
+        body=activity.Import,
+        answer=activity.Imported,
+        errors=(Code.DISK_FULL,),
     ),
     Route("GET", "/livez", health.livez, "Whether the broker runs", answer=schema.Health, auth="none"),
     Route(

@@ -70,5 +70,6 @@ async def erase(request: web.Request) -> web.Response:
     sessions = await context.registry.erase_user(user)
     if context.keeper is not None:
         await context.keeper.vault.erase(user)
+    context.foresight.forget(user)
     await context.users.delete(user)
     return answer(schema.Erased(user=user, sessions=sessions))

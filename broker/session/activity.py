@@ -103,6 +103,16 @@ class Leads:
         self._seconds.append(at - opened)
         return True
 
+    @classmethod
+    def joined(cls, several: Iterable[Leads]) -> Leads:
+        """All of them together; of the times, as many as are kept of one."""
+        made = cls()
+        for one in several:
+            made.intents += one.intents
+            made.followed += one.followed
+            made._seconds.extend(one._seconds)
+        return made
+
     def view(self) -> dict[str, Any]:
         """Counts, and median and 90th percentile in seconds."""
         known = sorted(self._seconds)

@@ -79,14 +79,9 @@ class Forewarner:
     """``settings``: of the moment; ``clock``: seconds since the epoch."""
 
     def __init__(
-        self,
-        activity: Patterns,
-        preparer: Preparer,
-        settings: Callable[[], PoolConfig],
-        clock: Callable[[], float] = time.time,
+        self, activity: Patterns, settings: Callable[[], PoolConfig], clock: Callable[[], float] = time.time
     ) -> None:
         self._activity = activity
-        self._preparer = preparer
         self._settings = settings
         self._clock = clock
         self._tasks = TaskOwner("forewarner")
@@ -102,9 +97,9 @@ class Forewarner:
         self._due: dict[str, float] = {}
         self._prepared: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
 
-    def start(self) -> None:
-        """Begins to look."""
-        self._tasks.start(self._run(), "look")
+    def start(self, preparer: Preparer) -> None:
+        """Begins to look; ``preparer`` does what has to be done."""
+        self._tasks.start(self._run(preparer), "look")
 
     async def close(self) -> None:
         """Looks no more; what was brought up stays."""
@@ -122,46 +117,46 @@ class Forewarner:
         self._prepared.clear()
         self._prepared.extend(kept)
 
-    async def _run(self) -> None:
+    async def _run(self, preparer: Preparer) -> None:
         while True:
             try:
                 async with asyncio.timeout(self._settings().forecast.interval_s):
                     await self._closing.wait()
                 return
             except TimeoutError:
-                await self.look()
+                await self.look(preparer)
 
     # -- one look ------------------------------------------------------------------------------
 
-    async def look(self) -> None:
+    async def look(self, preparer: Preparer) -> None:
         """Judges the last forecasts, makes new ones and, in mode ``on``, acts on them. Errors are logged."""
         settings, now = self._settings(), self._clock()
         arrivals = self._activity.take_arrivals()
         if settings.forecast.mode == "off":
             self._told, self._looked_at = [], now
-            self._load(None)
+            self._load(preparer, None)
             return
         self._judge(arrivals, now)
         patterns = list(self._activity.patterns)
         try:
-            up = set(await self._preparer.up([pattern.user for pattern in patterns]))
+            up = set(await preparer.up([pattern.user for pattern in patterns]))
         except CortexError as error:
             log.error("forecast_failed", error=str(error), hint=error.hint)
             return
-        choice = self._choose(patterns, up, settings, now)
+        choice = self._choose(preparer, patterns, up, now)
         acting = settings.forecast.mode == "on"
-        self._told = [(one, await self._be_ready(one.user, acting=acting)) for one in choice.chosen]
+        self._told = [(one, await self._be_ready(preparer, one.user, acting=acting)) for one in choice.chosen]
         self._told += [(one, "left out") for one in choice.left_out]
         for one in choice.left_out:
-            await self._evict(one.user, up)
+            await self._evict(preparer, one.user, up)
         for one, action in self._told:
             if action in ("would prewarm", "prewarmed"):
                 self._ledger.expect(one, now)
         self._up = up - self._made
         self._looked_at = now
-        self._load(self._share(settings, now) if acting else None)
+        self._load(preparer, self._share(settings, now) if acting else None)
         if acting:
-            await self._look_after(patterns, now)
+            await self._look_after(preparer, patterns, now)
 
     def _judge(self, arrivals: Sequence[Arrival], now: float) -> None:
         for arrival in arrivals:
@@ -182,8 +177,9 @@ class Forewarner:
             FORECAST_READY.labels(outcome.result).inc(outcome.ready_s)
             log.info("forecast", **asdict(outcome))
 
-    def _choose(self, patterns: Sequence[Pattern], up: Collection[str], settings: PoolConfig, now: float) -> Choice:
+    def _choose(self, preparer: Preparer, patterns: Sequence[Pattern], up: Collection[str], now: float) -> Choice:
         """Whoever is up without our doing needs no forecast."""
+        settings = self._settings()
         found = []
         for pattern in patterns:
             user = pattern.user
@@ -194,16 +190,16 @@ class Forewarner:
             one = expected(pattern, now, outlook)
             if one is not None:
                 found.append(one)
-        ours = sum(self._preparer.size(user) for user in self._made if user in up)
-        room, most = self._preparer.room() + ours, settings.forecast.top_users
-        return choose(found, self._preparer.size, room=room, most=most, ready=self._made)
+        ours = sum(preparer.size(user) for user in self._made if user in up)
+        room, most = preparer.room() + ours, settings.forecast.top_users
+        return choose(found, preparer.size, room=room, most=most, ready=self._made)
 
-    async def _be_ready(self, user: str, *, acting: bool) -> Action:
+    async def _be_ready(self, preparer: Preparer, user: str, *, acting: bool) -> Action:
         if not acting:
             return "would prewarm"
         try:
             async with asyncio.timeout(CALL_S):
-                there = await self._preparer.prewarm(user)
+                there = await preparer.prewarm(user)
         except (CortexError, TimeoutError) as error:
             log.warning("prewarm_failed", user=user, error=str(error) or "it took too long")
             return "failed"
@@ -212,13 +208,13 @@ class Forewarner:
         self._made.add(user)
         return "prewarmed"
 
-    async def _evict(self, user: str, up: Collection[str]) -> None:
+    async def _evict(self, preparer: Preparer, user: str, up: Collection[str]) -> None:
         """There is no more room for somebody for whom there was."""
         self._ledger.withdraw(user)
         if user in self._made and user in up:
             try:
                 async with asyncio.timeout(CALL_S):
-                    await self._preparer.let_go(user)
+                    await preparer.let_go(user)
             except (CortexError, TimeoutError) as error:
                 log.warning("let_go_failed", user=user, error=str(error) or "it took too long")
         self._made.discard(user)
@@ -231,14 +227,14 @@ class Forewarner:
             return None
         return week[hour_of_week(int((now + settings.forecast.lead_s) // HOUR))] / mean
 
-    def _load(self, share: float | None) -> None:
+    def _load(self, preparer: Preparer, share: float | None) -> None:
         if share != self._shared:
             self._shared = share
-            self._preparer.load(share)
+            preparer.load(share)
 
     # -- at quiet times ------------------------------------------------------------------------
 
-    async def _look_after(self, patterns: Sequence[Pattern], now: float) -> None:
+    async def _look_after(self, preparer: Preparer, patterns: Sequence[Pattern], now: float) -> None:
         """One user a look, the most active first; at a quiet hour, or when they have waited for one for a day."""
         users = [pattern.user for pattern in patterns]
         self._due = {user: min(self._due.get(user, now), now + AGAIN_S) for user in users}
@@ -248,7 +244,7 @@ class Forewarner:
             return
         try:
             async with asyncio.timeout(CALL_S):
-                found = dict(await self._preparer.prepare(user))
+                found = dict(await preparer.prepare(user))
         except TimeoutError:
             found = {"all": f"it took longer than {CALL_S:g} s"}
         except CortexError as error:

@@ -16,6 +16,7 @@ from broker.session.assembly import Assembled
 from broker.session.parts import servers
 from broker.session.port import SessionPort
 from broker.session.sandbox import Runtime
+from broker.session.shelf import GUESS_BYTES
 from broker.store.sessions import SessionRow
 
 IS_UP = ("starting", "ready", "paused")
@@ -29,13 +30,10 @@ class Sessions(Protocol):
 
 
 class Pools(Protocol):
-    """``session.pool.Pool``: what warm sandboxes cost, and how many there may be."""
+    """``session.pool.Pool``: what warm sandboxes take, and how many there may be."""
 
-    def room(self) -> int:
-        """Bytes of the budget, and of the host above its reserve, that nothing warm takes yet."""
-
-    def cost(self, agent: str) -> int:
-        """Bytes that one of ``agent`` takes, measured or guessed."""
+    def view(self) -> dict[str, Any]:
+        """For operators; ``pool_view.view``."""
 
     def expect(self, agent: str, count: int | None) -> None:
         """So many generic ones are wanted, between minimum and maximum; None: as many as configured."""
@@ -51,21 +49,25 @@ class Preparation:
         self._sessions = sessions
         self._pools = pools
         self._agents = agents
+        self._room = 0
+        self._sizes: dict[str, int] = {}
         self._whose: dict[str, tuple[str, str]] = {}
         """Workspace and agent by user."""
 
     async def up(self, users: Sequence[str]) -> Collection[str]:
-        """Those who have a sandbox that is up, or comes up. Raises ``CortexError``."""
+        """Those who have a sandbox that is up, or comes up; also sees how much room there is. Raises
+        ``CortexError``."""
+        self._look_at_pools()
         self._whose = {user: known for user, known in self._whose.items() if user in users}
         for user in users:
             if user not in self._whose:
                 await self._find(user)
-        return [user for user in users if self._held_up(user)]
+        held = ((user, self._held(user)) for user in users)
+        return [user for user, session in held if session is not None and session.state in IS_UP]
 
-    def _held_up(self, user: str) -> bool:
+    def _held(self, user: str) -> SessionPort | None:
         known = self._whose.get(user)
-        session = self._sessions.held(user, known[0]) if known else None
-        return session is not None and session.state in IS_UP
+        return self._sessions.held(user, known[0]) if known else None
 
     async def _find(self, user: str) -> SessionRow | None:
         rows = await self._runtime.store.of_user(user)
@@ -75,27 +77,32 @@ class Preparation:
         return last
 
     def room(self) -> int:
-        """Bytes that warm sandboxes may take beyond those there are."""
-        return max(0, self._pools.room())
+        """Bytes that warm sandboxes may take beyond those there are; as of the last ``up``."""
+        return self._room
+
+    def _look_at_pools(self) -> None:
+        view = self._pools.view()
+        memory, agents = view["memory"], view["agents"]
+        left = memory["budget_bytes"] - memory["warm_bytes"]
+        self._room = max(0, min(left, memory["host_available_bytes"] - memory["reserve_bytes"]))
+        self._sizes = {one["agent"]: one["bytes_each"] for one in agents}
 
     def size(self, user: str) -> int:
         """Bytes of the user's sandbox, about."""
         known = self._whose.get(user)
-        return self._pools.cost(known[1] if known else self._runtime.config().session.default_agent)
+        return self._sizes.get(known[1], GUESS_BYTES) if known else GUESS_BYTES
 
     async def prewarm(self, user: str) -> bool:
         """Begins to bring the user's sandbox up, or keeps it a while longer; False: they have no session."""
         last = await self._find(user)
-        if last is None:
-            return False
-        await self._sessions.prewarm(user, last.workspace)
-        return True
+        if last is not None:
+            await self._sessions.prewarm(user, last.workspace)
+        return last is not None
 
     async def let_go(self, user: str) -> None:
-        """Stops what was brought up for the user, unless a client is attached."""
-        known = self._whose.get(user)
-        session = self._sessions.held(user, known[0]) if known else None
-        if session is not None and session.state in IS_UP and not session.view().get("clients"):
+        """Stops what was brought up for the user, unless somebody has asked for it since."""
+        session = self._held(user)
+        if session is not None and session.view()["warm"]:
             await session.stop()
 
     async def prepare(self, user: str) -> Mapping[str, str]:

@@ -19,6 +19,8 @@ from broker.access import Access
 from broker.config import Config
 from broker.control.api import ControlServer
 from broker.control.routes import Control
+from broker.session.foresight import Foresight
+from broker.store.activity import ActivityStore
 from broker.store.db import Database
 from broker.store.keeper import Keeper
 from broker.store.keys import KeyFile
@@ -75,7 +77,9 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
 
     registry = FakeRegistry()
     keeper = await Keeper.open(db, KeyFile(tmp_path / "state" / "vault.key"), bytes(32))
-    control = Control(registry, access, UserStore(db), lambda: config, lambda: "ws://127.0.0.1:1", checks, keeper)
+    foresight = Foresight(ActivityStore(db), lambda: config.pool, lambda: clock[0])
+    front = "ws://127.0.0.1:1"
+    control = Control(registry, access, UserStore(db), lambda: config, lambda: front, checks, keeper, foresight)
     server = ControlServer(control)
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -88,4 +92,5 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     await server.close()
     await registry.tasks.close()
     await keeper.close()
+    await foresight.close()
     await db.close()

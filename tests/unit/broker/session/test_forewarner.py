@@ -91,12 +91,12 @@ class Rig:
         self.preparer = Prepares()
         self.settings = PoolConfig(forecast=ForecastConfig.model_validate({"mode": mode}))
         self.now = COMES - 3000
-        self.warner = Forewarner(self.known, self.preparer, lambda: self.settings, lambda: self.now)
+        self.warner = Forewarner(self.known, lambda: self.settings, lambda: self.now)
 
     async def look(self, at: float) -> list[tuple[str, str]]:
         """A look at that time; who is expected and what is done."""
         self.now = at
-        await self.warner.look()
+        await self.warner.look(self.preparer)
         return [(one["user"], one["action"]) for one in self.warner.view()["expected"]]
 
     def came(self, user: str, at: float, *, announced: bool = False) -> None:
@@ -296,6 +296,6 @@ async def test_it_looks_by_itself_and_ends_when_closed() -> None:
     rig = Rig()
     rig.settings = PoolConfig(forecast=ForecastConfig(mode="on", interval_s=0.001))
     rig.now = COMES - 100
-    rig.warner.start()
+    rig.warner.start(rig.preparer)
     await rig.preparer.prewarmed.wait()
     await rig.warner.close()
