@@ -108,6 +108,11 @@ IDLE_SECONDS = Counter(
 ACTIVITY_DROPPED = Counter(
     "cortex_activity_dropped_total", "What users did, not remembered because the store was too slow.", registry=REGISTRY
 )
+ACTIVITY_WRITES = Counter(
+    "cortex_activity_writes_total",
+    "Those of cortex_store_writes_total that wrote what users did, off their way.",
+    registry=REGISTRY,
+)
 FORECAST = Counter(
     "cortex_forecast_total",
     "Forecasts held against who came: hit, miss (came though not expected), wasted (did not come).",

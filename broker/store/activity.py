@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from broker.metrics import ACTIVITY_WRITES
 from broker.store.db import Database, Statement, Transaction
 
 SLICE = 500
@@ -82,7 +83,13 @@ class ActivityStore:
 
     async def add(self, tallies: Sequence[Tally]) -> None:
         """Counts them on top of what is there, at most ``SLICE`` of them: all or none."""
-        await self._db.write(*_statements(_ADD, tallies))
+
+        async def work(transaction: Transaction) -> None:
+            ACTIVITY_WRITES.inc()
+            for sql, params in _statements(_ADD, tallies):
+                await transaction.execute(sql, params)
+
+        await self._db.transaction(work)
 
     async def merge(self, tallies: Sequence[Tally]) -> int:
         """Counts them unless they are there already; returns how many rows that changed. Merging again changes none."""

@@ -9,7 +9,7 @@ import pytest
 
 from broker.config import ForecastConfig
 from broker.errors import Code, CortexError
-from broker.metrics import ACTIVITY_DROPPED, STORE_READS, STORE_WRITES
+from broker.metrics import ACTIVITY_DROPPED, ACTIVITY_WRITES, STORE_READS, STORE_WRITES
 from broker.session import recorder
 from broker.session.activity import DAY, HOUR, Arrival
 from broker.session.recorder import FORGET_S, REFRESH_S, Activity
@@ -72,13 +72,14 @@ def counters() -> tuple[float, float]:
 
 async def test_noting_and_asking_touch_no_store(rig: Rig) -> None:
     await rig.uses("ann", *(NOW + number * 600 for number in range(5)))
-    before = counters()
+    before, writes = counters(), ACTIVITY_WRITES._value.get()
     for _ in range(1000):
         rig.activity.note("ann", rig.now, "request")
     assert rig.activity.keep_for("ann", rig.now) is not None
     assert counters() == before
     await rig.activity.turn()
     assert counters()[1] == before[1] + 1, "one transaction for all"
+    assert ACTIVITY_WRITES._value.get() == writes + 1
 
 
 async def test_what_was_noted_is_added_up_by_minute(rig: Rig) -> None:
