@@ -43,7 +43,7 @@ class Preparer(Protocol):
         """Those of them who have a sandbox that is up, or comes up. Raises ``CortexError``."""
 
     def room(self) -> int:
-        """Bytes that warm sandboxes may take beyond those there are."""
+        """Bytes that warm sandboxes may take beyond those there are; below 0 when they take too much."""
 
     def size(self, user: str) -> int:
         """Bytes of the user's sandbox, about."""

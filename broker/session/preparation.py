@@ -77,14 +77,15 @@ class Preparation:
         return last
 
     def room(self) -> int:
-        """Bytes that warm sandboxes may take beyond those there are; as of the last ``up``."""
+        """Bytes that warm sandboxes may take beyond those there are, below 0 when they take too much; as of the last
+        ``up``."""
         return self._room
 
     def _look_at_pools(self) -> None:
         view = self._pools.view()
         memory, agents = view["memory"], view["agents"]
         left = memory["budget_bytes"] - memory["warm_bytes"]
-        self._room = max(0, min(left, memory["host_available_bytes"] - memory["reserve_bytes"]))
+        self._room = min(left, memory["host_available_bytes"] - memory["reserve_bytes"])
         self._sizes = {one["agent"]: one["bytes_each"] for one in agents}
 
     def size(self, user: str) -> int:
