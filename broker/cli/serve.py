@@ -17,10 +17,12 @@ def serve(config: Config = None) -> None:
     import uvloop
 
     from broker.host import logs
+    from broker.host.dumps import forbid_dumps
 
     loaded = settings(config)
     broker = loaded.config.broker
     logs.setup(broker.log_level, broker.log_format, node=broker.node)
+    forbid_dumps()
     raise typer.Exit(uvloop.run(_run(loaded)))
 
 

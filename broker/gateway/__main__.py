@@ -18,6 +18,7 @@ from broker.gateway.context import Context
 from broker.gateway.orders import Orders
 from broker.gateway.table import Table
 from broker.host import logs
+from broker.host.dumps import forbid_dumps
 from broker.host.tasks import TaskOwner
 
 SWEEP_S = 0.5
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     logs.setup(options.log_level, options.log_format)
     structlog.contextvars.bind_contextvars(process="gateway")
+    forbid_dumps()
     if options.lock is not None and lock.take(options.lock) is None:
         log.error("another_gateway_runs", lock=str(options.lock))
         return os.EX_TEMPFAIL
