@@ -35,11 +35,9 @@ from broker.session.warm import Warmer
 log = structlog.get_logger(__name__)
 
 TICK_S = 15.0
-"""Between looks that no event asks for: at the image, and at the host's memory."""
+"""Between looks that no event asks for: at the image, and at the host's memory, which bring none."""
 YIELD_S = 5.0
 """Users' starts go first for so long without a break; then one sandbox is made at a time beside them."""
-MEMORY_S = 5.0
-"""A shelf that is short of memory is looked at again after so long."""
 SLACK_S = 10.0
 """What the maker of a sandbox is given beyond its own deadline."""
 ENDS_AT_ONCE = 4
@@ -284,8 +282,6 @@ class Pool:
             times.append(now + self._bucket.wait(now))
         if self._users_starting and now - self._users_since < YIELD_S:
             times.append(self._users_since + YIELD_S)
-        if "memory" in decided.held:
-            times.append(now + MEMORY_S)
         if "breaker" in decided.held:
             times += [shelf.breaker.until for shelf in self._shelves.values() if shelf.breaker.until > now]
         if self._timer is not None:
@@ -362,6 +358,8 @@ class Pool:
         limit = self._runtime.config().session.bringup_timeout_s + SLACK_S
         try:
             image = await self._see_image()
+            if self._stock(shelf, self._clock()).excess:
+                return  # fetching an image takes its time
             async with asyncio.timeout(limit):
                 box = await self._warmer.make(shelf.agent, self._lost)
         except TimeoutError:

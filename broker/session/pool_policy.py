@@ -45,6 +45,12 @@ class Stock:
         return max(0, min(self.wanted - there, self.maximum - there - self.stuck))
 
     @property
+    def excess(self) -> bool:
+        """There are more than there should be when all that is under way is done."""
+        there = self.making + self.ready + self.ending
+        return there > self.wanted or there + self.stuck > self.maximum
+
+    @property
     def held(self) -> int:
         """Bytes that are taken, or soon will be."""
         return self.cost * (self.making + self.ready + self.ending + self.stuck)

@@ -486,6 +486,18 @@ def test_targets_apply_at_once() -> None:
     play(scene)
 
 
+def test_an_agent_is_not_held_up_by_the_end_of_anothers() -> None:
+    async def scene(world: World) -> None:
+        await world.filled(30)
+        world.end_s = 50
+        world.configure(agents={"a": {"target": 1}, "b": {"target": 1}})
+        world.pool.settings_changed()
+        await asyncio.sleep(2)
+        assert (world.sizes("a"), world.sizes("b")) == ({"hot": 1, "ending": 1}, {"hot": 1})
+
+    play(scene)
+
+
 def test_what_is_expected_counts_between_the_bounds() -> None:
     async def scene(world: World) -> None:
         await world.filled(30)
@@ -507,7 +519,7 @@ def test_what_was_made_with_other_settings_is_not_handed_out_and_is_replaced() -
         assert world.take() is None
         await asyncio.sleep(0.5)
         assert world.sizes() == {"ending": 2}  # what is on its way out counts
-        await asyncio.sleep(30)
+        await asyncio.sleep(6.5)
         assert all(box.ends == ["put_away"] for box in old)
         assert [box.recipe for box in world.warmer.made[2:]] == ["a-2", "a-2"]
         assert world.take() is not None
@@ -520,7 +532,7 @@ def test_settings_that_change_while_one_is_made() -> None:
         world.pool.start()
         await asyncio.sleep(0.5)
         world.warmer.version = "2"
-        await asyncio.sleep(30)
+        await asyncio.sleep(2.5)
         assert {member.box.recipe for member in world.shelf()} == {"a-2"}
         world.warmer.version = "3"
         assert world.take() is None  # whoever comes knows of it before the pool was told
