@@ -100,10 +100,13 @@ class FakeWarmer:
         self.most = max(self.most, self.under_way.total())
         try:
             self.hook(agent)
+            recipe, boot = self.recipe(agent), self.world.boot(agent)
             await asyncio.sleep(self.seconds)
             if self.error is not None:
                 raise self.error
-            return await self._box(agent, on_lost)
+            box = await self._box(agent, on_lost)
+            box.recipe, box.boot_hash = recipe, boot
+            return box
         finally:
             self.under_way[agent] -= 1
 
