@@ -30,13 +30,15 @@ MAX_CLIENTS = 64
 MAX_SERVERS = 64
 CHANGE_PAUSE_S = 0.03
 """Changes that come within it are told as one."""
+FOLLOW_S = 1.0
+"""Who does not list other tools within it does not follow changes."""
 CLOSE_S = 6.0
 """For all servers together; each is killed before that."""
 
 
 class Mux:
     """``env`` and ``cwd`` are those of servers, asked for at each start; ``cache_dir`` lies below HOME, None: there is
-    no home yet. ``on_change``: ``settled`` or ``problems`` are others."""
+    no home yet. ``on_change``: ``settled``, ``followed`` or ``problems`` are others."""
 
     def __init__(
         self,
@@ -62,7 +64,8 @@ class Mux:
         self._closed = False
         self._telling: asyncio.TimerHandle | None = None
         self._told = self._versions()
-        self._state: tuple[bool, dict[str, str]] = (True, {})
+        self._deaf: set[Client] = set()
+        self._state: tuple[bool, bool, dict[str, str]] = (True, True, {})
 
     # -- for the hub ----------------------------------------------------------------------------
 
@@ -115,6 +118,14 @@ class Mux:
         """Every server has listed its tools, has failed, or its list is known from an earlier run."""
         return self._board.known("tools")
 
+    @property
+    def followed(self) -> bool:
+        """Nobody has yet to list tools again that are others now; who never does is not waited for."""
+        now = self._board.current("tools")
+        return all(
+            not client.ready or client.seen.get("tools", now) == now for client in self._board.clients - self._deaf
+        )
+
     def problems(self) -> dict[str, str]:
         """Server → why it is not up."""
         failed = {name: server.problem for name, server in self._board.servers.items() if server.problem}
@@ -159,10 +170,15 @@ class Mux:
 
     def left(self, client: Client) -> None:
         self._board.forget(client)
+        self._deaf.discard(client)
+        self._look()
 
     def heard(self, client: Client, kind: str, message: Message) -> None:
         if kind == "request":
             self._requests.asked(client, message)
+            if message["method"] == KINDS["tools"].method:
+                self._deaf.discard(client)
+                self._look()
         elif kind == "response":
             client.answered(message)
         else:
@@ -232,7 +248,10 @@ class Mux:
         self._requests.settle()
         if self._telling is None and not self._closed:
             self._telling = asyncio.get_running_loop().call_later(CHANGE_PAUSE_S, self._tell)
-        state = (self.settled, self.problems())
+        self._look()
+
+    def _look(self) -> None:
+        state = (self.settled, self.followed, self.problems())
         if state != self._state:
             self._state = state
             self._on_change()
@@ -247,6 +266,13 @@ class Mux:
             stale = {KINDS[kind].changed for kind in changed if client.seen.get(kind) != versions[kind]}
             for method in sorted(stale):
                 client.send(mcp_protocol.notification(method))
+        if "tools" in changed:
+            asyncio.get_running_loop().call_later(FOLLOW_S, self._waited, versions["tools"])
+
+    def _waited(self, version: int) -> None:
+        """Long enough for who has not listed tools of that version or a later one."""
+        self._deaf |= {client for client in self._board.clients if client.seen.get("tools", version) < version}
+        self._look()
 
     def _versions(self) -> dict[str, int]:
         for server, count in self._board.catalog.left_out.items():

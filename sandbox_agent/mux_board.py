@@ -46,6 +46,11 @@ class Board:
         """Servers have come, gone, or have other lists."""
         self._catalog = None
 
+    def current(self, kind: str) -> int:
+        """The version of a list as it is now."""
+        _ = self.catalog  # made when it is asked for, and the versions with it
+        return self.versions[kind]
+
     def known(self, kind: str) -> bool:
         """There is nothing to wait for."""
         return all(server.knows(kind) for server in self.servers.values())

@@ -22,6 +22,10 @@ class Multiplexer(Protocol):
     def settled(self) -> bool:
         """Every server has listed its tools, or will not."""
 
+    @property
+    def followed(self) -> bool:
+        """Agents that follow changes know these tools."""
+
     def set(self, servers: list[dict[str, Any]]) -> bool:
         """Runs these and no others; equal ones go on. True when something differs."""
 
@@ -114,8 +118,10 @@ class McpServers:
 
     @property
     def settled(self) -> bool:
-        """The tools of all that are multiplexed are known, as far as they ever will be."""
-        return not self._due and (self._mux is None or self._mux.settled)
+        """The tools of all that are multiplexed are known, to conversations too, as far as they ever will be."""
+        if self._due or self._mux is None:
+            return not self._due
+        return self._mux.settled and (self._mux.followed or not self._agent.live_mcp)
 
     @property
     def _muxes(self) -> bool:

@@ -148,7 +148,7 @@ def update(session: str, text: str, kind: str = "agent_message_chunk") -> Messag
 
 
 class Mux:
-    """The multiplexer: keeps what it is set to. ``settled`` goes with ``settle``."""
+    """The multiplexer: keeps what it is set to. ``settled`` and ``followed`` go with ``settle`` and ``follow``."""
 
     ENTRY: ClassVar[Message] = {"name": "cortex", "command": "shim", "args": [], "env": []}
 
@@ -157,7 +157,7 @@ class Mux:
         self.claimed = claimed
         self.servers: list[Message] = []
         self.renewed = 0
-        self.settled = True
+        self.settled = self.followed = True
         self.started = False
         self._on_change = on_change
 
@@ -170,6 +170,10 @@ class Mux:
 
     def settle(self, settled: bool = True) -> None:
         self.settled = settled
+        self._on_change()
+
+    def follow(self, followed: bool = True) -> None:
+        self.followed = followed
         self._on_change()
 
     def entry(self) -> Message:

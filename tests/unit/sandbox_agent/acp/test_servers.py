@@ -101,6 +101,9 @@ async def test_servers_are_started_anew_with_a_new_environment_or_home(bench: Be
     bench.hub._servers.home_moved()
     await settled()
     assert bench.mux.renewed == 2
+    bench.restart_agent(Agent())
+    await settled()
+    assert bench.mux.renewed == 2
 
 
 # -- changes -----------------------------------------------------------------------------------------
@@ -155,6 +158,17 @@ async def test_servers_that_change_within_a_turn_come_with_the_next_one(bench: B
     await bench.agent.asked("session/prompt", 2)
     bench.agent.answer("session/prompt", END)
     assert "result" in await peer.answer_to(second)
+
+
+async def test_a_turn_that_runs_is_not_disturbed_by_who_loads_the_conversation(bench: Bench) -> None:
+    bench.start()
+    peer, other = bench.connect(), bench.connect()
+    session = await bench.session(peer)
+    await bench.prompt(peer, session, "one")
+    await bench.agent.asked("session/prompt")
+    bench.hub.set_mcp([stdio("a")])
+    assert "result" in await other.request("session/load", {"sessionId": session, **LOAD})
+    assert not bench.agent.all("session/load")
 
 
 async def test_an_agent_that_can_reopen_nothing_has_new_servers_in_the_next_conversation(bench: Bench) -> None:
@@ -230,6 +244,38 @@ async def test_the_first_prompt_of_a_conversation_waits_for_the_tools_and_no_oth
     await peer.answer_to(request)
     bench.mux.settle(False)
     await turn(bench, peer, session, "second")
+
+
+async def test_an_agent_that_follows_changes_is_waited_for_until_it_has(bench: Bench) -> None:
+    bench.spec = LIVE
+    bench.start()
+    bench.hub.set_mcp([stdio("a")])
+    await settled()
+    bench.mux.follow(False)
+    peer = bench.connect()
+    session = await bench.session(peer)
+    await bench.prompt(peer, session)
+    await peer.request("session/list")
+    assert not bench.agent.all("session/prompt")
+    bench.mux.follow()
+    await bench.agent.asked("session/prompt")
+
+
+async def test_an_agent_that_does_not_is_not(bench: Bench) -> None:
+    bench.start()
+    bench.hub.set_mcp([stdio("a")])
+    await settled()
+    bench.mux.follow(False)
+    peer = bench.connect()
+    await turn(bench, peer, await bench.session(peer))
+
+
+async def test_tools_of_servers_that_were_just_configured_are_not_known(bench: Bench) -> None:
+    bench.start()
+    bench.hub.set_mcp([stdio("a")])
+    assert not bench.hub._servers.settled
+    await settled()
+    assert bench.hub._servers.settled
 
 
 async def test_it_waits_no_longer_than_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
