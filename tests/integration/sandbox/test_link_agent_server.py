@@ -74,7 +74,7 @@ class Box:
     async def _hello(self, link: Link, hello: Hello) -> Welcome:
         self.hellos.append(hello)
         first = len(self.hellos) == 1
-        return Welcome(0, b"", agent_spec=self.spec if first else None, home=str(self.slot.home_dir))
+        return Welcome(0, b"", "s1", agent_spec=self.spec if first else None, home=str(self.slot.home_dir))
 
     def _status(self, status: Status) -> None:
         self.heard.set()
