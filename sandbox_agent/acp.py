@@ -228,7 +228,7 @@ class AcpHub:
     def agent_up(self, channel: AgentChannel, spec: AgentSpec) -> None:
         """The process runs."""
         self.agent_info = ""
-        self._agent.up(channel, spec)
+        self._agent.up(channel, spec, None if self._claimed else self._plain_session)
         self._servers.agent_up()
 
     def agent_lines(self, lines: list[bytes]) -> None:
@@ -317,8 +317,11 @@ class AcpHub:
     def _wanted_ahead(self) -> Kind | None:
         if not self._settings.open_ahead or not self._servers.bound:
             return None
-        params = {"cwd": self._settings.workspace.path, "mcpServers": self._servers.entries([])}
-        return Kind(params, self._servers.opened)
+        return Kind(self._plain_session(), self._servers.opened)
+
+    def _plain_session(self) -> Message:
+        """Params of a ``session/new`` in which a client asks for nothing of its own."""
+        return {"cwd": self._settings.workspace.path, "mcpServers": self._servers.entries([])}
 
     def _look_ahead_soon(self) -> None:
         """When all of a bind is applied."""

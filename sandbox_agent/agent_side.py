@@ -88,15 +88,21 @@ class AgentSide:
 
     # -- life ------------------------------------------------------------------------------------
 
-    def up(self, channel: AgentChannel, spec: AgentSpec) -> None:
-        """A process runs; says ``initialize`` to it. The process's owner has the deadline."""
+    def up(self, channel: AgentChannel, spec: AgentSpec, unclaimed: Callable[[], Message] | None = None) -> None:
+        """A process runs; says ``initialize`` to it. The process's owner has the deadline.
+
+        ``unclaimed``: the sandbox is nobody's yet; the params of the ``session/new`` to come. An agent that can
+        prepare for it is told them in ``_meta``.
+        """
         self._channel, self.ready, self.broken = channel, False, ""
         self.timeout_s, self.live_mcp = spec.init_timeout_s, spec.live_mcp
-        params = {
+        params: Message = {
             "protocolVersion": PROTOCOL_VERSION,
             "clientCapabilities": {"fs": {"readTextFile": False, "writeTextFile": False}, "terminal": False},
             "clientInfo": {"name": "cortex", "title": "Cortex", "version": str(codec.VERSION)},
         }
+        if unclaimed is not None:
+            params["_meta"] = {"cortex": {"unclaimed": unclaimed()}}
         self.call("initialize", params, self._initialized, deadline=False)
 
     def _initialized(self, reply: Message) -> None:

@@ -579,3 +579,17 @@ async def test_the_agent_may_die_before_the_claim(bench: Bench) -> None:
     assert await bench.session(peer) == "s1"
     await peer.request("session/list")
     assert not [m for m in peer.everything if m.get("method") == "_vendor/ask"], "the agent that asked is gone"
+
+
+async def test_an_agent_is_told_of_the_session_to_come_as_long_as_the_sandbox_is_nobodys(bench: Bench) -> None:
+    bench.start(session="", up=False)
+    bench.hub.agent_up(bench.agent, LIVE)
+    first = await bench.agent.asked("initialize")
+    coming = {"cwd": str(bench.home / "workspace"), "mcpServers": [bench.mux.entry()]}
+    assert first["params"]["_meta"] == {"cortex": {"unclaimed": coming}}
+    bench.hub.claim(moved=False, keep_ahead=True)
+    bench.hub.agent_down("it ended", final=False)
+    bench.hub.agent_up(bench.agent, LIVE)
+    await settled()
+    assert len(bench.agent.all("initialize")) == 2
+    assert "_meta" not in bench.agent.last("initialize")["params"]

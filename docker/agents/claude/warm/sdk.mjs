@@ -1,0 +1,35 @@
+// The Agent SDK for the adapter, with a query() that claims the parked process where that is the same.
+import * as sdk from "@anthropic-ai/claude-agent-sdk";
+import { Spare } from "./spare.mjs";
+
+export * from "@anthropic-ai/claude-agent-sdk";
+
+let spare;
+let learning = false;
+
+// `open` runs the adapter's own session/new, only to see with which options it would start Claude Code.
+export async function learn(open) {
+  learning = true;
+  try {
+    await open();
+  } catch (error) {
+    if (error !== learnt) console.error("no process is parked:", error);
+  } finally {
+    learning = false;
+  }
+}
+
+const learnt = new Error("learnt");
+
+export const offeredId = () => (learning ? undefined : spare?.offer());
+
+export function query(params) {
+  if (learning) {
+    spare = new Spare(params.options, () => (spare = undefined));
+    throw learnt;
+  }
+  const found = spare?.fits(params.options) ? spare : undefined;
+  if (found === undefined) return sdk.query(params);
+  spare = undefined;
+  return found.claim(params);
+}
