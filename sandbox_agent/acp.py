@@ -22,6 +22,7 @@ from sandbox_agent.calls import ClientCalls
 from sandbox_agent.conversations import Conversation, Conversations
 from sandbox_agent.hearing import Hearing
 from sandbox_agent.journal import GrantFn, Journal, JournalFailed
+from sandbox_agent.jsonrpc import Message
 from sandbox_agent.opening import Opening
 from sandbox_agent.outbox import Outbox
 from sandbox_agent.port import AgentChannel
