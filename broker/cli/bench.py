@@ -16,7 +16,7 @@ from broker.errors import Code, CortexError
 
 
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="relay, bringup or claim.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="relay, bringup, claim or replay.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the list of targets.")] = False,
     long: Annotated[bool, typer.Option("--long", help="Also what takes longer than 9 minutes.")] = False,
     runs: Annotated[
@@ -39,7 +39,7 @@ def find(name: str) -> ModuleType:
         raise CortexError(
             Code.NOT_FOUND,
             f"there is no benchmark {name[:40]!r} here",
-            hint="benchmarks are in the source tree, not in an installed package; names: relay, bringup, claim",
+            hint="benchmarks are in the source tree, not in an installed package; names: relay, bringup, claim, replay",
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))

@@ -10,12 +10,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from broker.session.forecast import SHORT_REST
 from broker.session.histogram import RULES, IdleHistogram, Rules
 
 DAY = 1440
 FIXED = (10, 20, 60)
 FALLBACK = 10
 """Minutes that a user without a pattern is kept."""
+
+REST = SHORT_REST / 60
+"""What Cortex does: see ``forecast.SHORT_REST``."""
 
 Policy = Callable[[IdleHistogram], tuple[int, int]]
 """From what is known to the first and last minute after a use in which to be warm."""
@@ -43,14 +47,14 @@ def fixed(keep: int) -> Policy:
     return lambda histogram: (0, keep)
 
 
-def hybrid(fallback: int = FALLBACK) -> Policy:
-    """The hybrid histogram; ``fallback`` minutes for whom it says nothing."""
+def hybrid(fallback: int = FALLBACK, *, rest: float = 0) -> Policy:
+    """The hybrid histogram; ``fallback`` minutes for whom it says nothing; nothing is let go for less than ``rest``."""
 
     def policy(histogram: IdleHistogram) -> tuple[int, int]:
         window = histogram.window()
         if window is None:
             return 0, fallback
-        return math.floor(window.start), math.ceil(window.end)
+        return math.floor(window.start) if window.start >= rest else 0, math.ceil(window.end)
 
     return policy
 
@@ -58,7 +62,9 @@ def hybrid(fallback: int = FALLBACK) -> Policy:
 def standard(fallback: int = FALLBACK) -> dict[str, Policy]:
     """What is compared, by name."""
     policies = {f"fixed {keep} min": fixed(keep) for keep in FIXED}
-    return policies | {f"hybrid, else {fallback} min": hybrid(fallback)}
+    policies[f"hybrid, else {fallback} min"] = hybrid(fallback)
+    policies[f"the same, rests of {REST:g} min at least"] = hybrid(fallback, rest=REST)
+    return policies
 
 
 def replay(

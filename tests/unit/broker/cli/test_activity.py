@@ -117,7 +117,10 @@ async def test_policies_are_replayed_without_a_broker(
     file.write_text("".join(json.dumps({"time": NOON + n * 2700, "user": "ann"}) + "\n" for n in range(20)))
     _, out, err = await run("activity", "replay", str(file), "--fallback", "5")
     rows = {line.split("  ")[0]: line.split() for line in out.splitlines()}
-    assert set(rows) == {"policy", "fixed 10 min", "fixed 20 min", "fixed 60 min", "hybrid, else 5 min"}
+    assert list(rows)[1:] == [
+        *("fixed 10 min", "fixed 20 min", "fixed 60 min", "hybrid, else 5 min"),
+        "the same, rests of 10 min at least",
+    ]
     assert "1 users, 20 minutes with a use" in err
     told = await data(run, "activity", "replay", str(file))
     figures = {one["policy"]: one for one in told["policies"]}

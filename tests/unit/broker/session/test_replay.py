@@ -34,9 +34,24 @@ def test_the_hybrid_learns_when_somebody_comes_back() -> None:
     assert learnt.idle < kept.idle / 4
 
 
+def test_nothing_is_let_go_for_less_than_a_rest() -> None:
+    often = IdleHistogram()
+    for _ in range(5):
+        often.add(9.0)
+    seldom = IdleHistogram()
+    for _ in range(5):
+        seldom.add(45.0)
+    assert hybrid()(often) == (8, 11)
+    assert hybrid(rest=10)(often) == (0, 11)
+    assert hybrid(rest=10)(seldom) == hybrid()(seldom) == (40, 51)
+
+
 def test_the_hybrid_falls_back_without_a_pattern() -> None:
     assert hybrid(7)(IdleHistogram()) == (0, 7)
-    assert list(standard(7)) == ["fixed 10 min", "fixed 20 min", "fixed 60 min", "hybrid, else 7 min"]
+    assert list(standard(7)) == [
+        *("fixed 10 min", "fixed 20 min", "fixed 60 min", "hybrid, else 7 min"),
+        "the same, rests of 10 min at least",
+    ]
 
 
 USERS = st.dictionaries(st.sampled_from("abc"), st.sets(st.integers(0, 3 * DAY), max_size=60).map(sorted), max_size=3)
