@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from broker import __version__
-from broker.cli import activity, attach, bench, config, demo, doctor, output, serve, session, token, user, vault
+from broker.cli import activity, attach, bench, config, demo, doctor, output, pool, serve, session, token, user, vault
 from broker.errors import CortexError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.add_typer(user.app, name="user")
 app.add_typer(token.app, name="token")
 app.add_typer(vault.app, name="vault")
 app.add_typer(activity.app, name="activity")
+app.command()(pool.pool)
 app.command()(attach.attach)
 app.command()(bench.bench)
 

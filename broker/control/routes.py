@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from aiohttp import web
 from pydantic import BaseModel
@@ -28,7 +28,7 @@ class Control:
     ``config``: the tree of the moment. ``front_url``: ``ws://host:port`` of the front door, without a
     path. ``health``: what readiness depends on, by name; an empty string is good, else what is wrong.
     ``keeper``: of the vault; None where there is none, because sandboxes are not isolated.
-    ``foresight``: who comes when.
+    ``foresight``: who comes when. ``pool``: what operators see of the warm sandboxes.
     """
 
     registry: RegistryPort
@@ -39,6 +39,7 @@ class Control:
     health: Callable[[], Awaitable[Mapping[str, str]]]
     keeper: Keeper | None
     foresight: Foresight
+    pool: Callable[[], Mapping[str, Any]]
     tasks: TaskOwner = field(default_factory=lambda: TaskOwner("control"))
 
 

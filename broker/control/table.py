@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.control import activity, credentials, health, hooks, openapi, prompt, schema, sessions, users
+from broker.control import activity, credentials, health, hooks, openapi, pool, prompt, schema, sessions, users
 from broker.control.routes import Route
 from broker.errors import Code
 
@@ -159,6 +159,7 @@ ROUTES: tuple[Route, ...] = (
             *(Code.UNKNOWN_AGENT, Code.SESSION_CONFLICT, Code.NO_SESSION),
         ),
     ),
+    Route("GET", "/v1/pool", pool.show, "The warm sandboxes, and why there are not more", answer=pool.Pool),
     Route(
         "GET",
         "/v1/activity",

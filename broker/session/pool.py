@@ -27,7 +27,7 @@ from broker.sandbox.reconcile import Adopted
 from broker.session.breaker import Patience
 from broker.session.mailbox import crashed
 from broker.session.pool_policy import Limits, Plan, Stock, plan, wanted
-from broker.session.pool_view import Facts, Row, forget, publish, publish_users, view
+from broker.session.pool_view import Facts, Row, Users, forget, publish, publish_users, view
 from broker.session.sandbox import Runtime, Sandbox, how_ended
 from broker.session.shelf import GUESS_BYTES, Member, Shelf
 from broker.session.warm import Warmer
@@ -217,7 +217,8 @@ class Pool:
         """Decides, begins what was decided, and sets the timer for the next look."""
         now = self._clock()
         self._due = None
-        decided = plan([self._stock(shelf, now) for shelf in self._shelves.values()], self._limits(now))
+        users = list(self._users())
+        decided = plan([self._stock(shelf, now) for shelf in self._shelves.values()], self._limits(users, now))
         for agent in decided.make:
             self._bucket.take(now)
             self._begin(self._shelves[agent])
@@ -236,20 +237,20 @@ class Pool:
             if shelf.empty and agent not in self._runtime.config().pool.agents:
                 del self._shelves[agent]
                 forget(agent)
-        self._with_users = publish_users(self._users(), self._with_users | set(self._shelves))
+        self._with_users = publish_users(users, self._with_users | set(self._shelves))
         self._set_timer(decided, now)
 
     def _stock(self, shelf: Shelf, now: float) -> Stock:
         settings = self._settings(shelf)
         return shelf.stock(wanted=self._wanted(shelf), maximum=settings.maximum, hot=settings.hot, now=now)
 
-    def _limits(self, now: float) -> Limits:
+    def _limits(self, users: Users, now: float) -> Limits:
         config, host = self._runtime.config().pool, self._memory()
         return Limits(
             concurrency=self._concurrency(now),
             tokens=self._bucket.whole(now) if now >= self._not_before else 0,
             budget=self._budget(host),
-            others=sum(self._cost(agent) for agent, _ in self._users()),
+            others=sum(self._cost(agent) for agent, _ in users),
             available=host.available,
             reserve=config.reserve_bytes,
         )

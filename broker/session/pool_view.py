@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker.config import PoolAgentConfig
-from broker.metrics import POOL_BREAKER, POOL_CLAIMS, POOL_SIZE, POOL_TARGET
+from broker.metrics import IDLE_SECONDS, POOL_BREAKER, POOL_CLAIMS, POOL_SIZE, POOL_TARGET
 from broker.session.shelf import GUESS_BYTES, Shelf
 
 STATES = ("making", "hot", "paused", "ending")
@@ -57,7 +57,7 @@ def view(rows: Sequence[Row], users: Users, facts: Facts) -> dict[str, Any]:
             "host_available_bytes": facts.available,
             "reserve_bytes": facts.reserve,
         },
-        "cost": _cost(sum(_idle(one) for one in told), sum(one["idle_hours"] for one in told), facts.cost_per_hour),
+        "cost": _cost(told, facts.cost_per_hour),
         "image": facts.image,
         "image_error": facts.image_error,
         "yielding": facts.yielding,
@@ -100,15 +100,22 @@ def _idle(agent: dict[str, Any]) -> int:
     return int(agent["hot"] + agent["paused"] + sum(agent["users"].values()))
 
 
-def _cost(idle: int, hours: float, cost_per_hour: float) -> dict[str, float] | None:
+def _cost(agents: Sequence[dict[str, Any]], cost_per_hour: float) -> dict[str, float] | None:
     """In the operator's money; None where he did not say what a sandbox costs."""
     if not cost_per_hour:
         return None
+    idle = sum(_idle(agent) for agent in agents)
+    hours = sum(agent["idle_hours"] for agent in agents) + _idle_seconds_of_users() / 3600
     return {
         "per_sandbox_hour": cost_per_hour,
         "idle_now_per_hour": round(idle * cost_per_hour, 4),
         "idle_since_start": round(hours * cost_per_hour, 4),
     }
+
+
+def _idle_seconds_of_users() -> float:
+    samples = [sample for metric in IDLE_SECONDS.collect() for sample in metric.samples]
+    return float(sum(sample.value for sample in samples if sample.name.endswith("_total")))
 
 
 def _claims() -> dict[str, dict[str, int]]:

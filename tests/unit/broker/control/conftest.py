@@ -20,6 +20,7 @@ from broker.config import Config
 from broker.control.api import ControlServer
 from broker.control.routes import Control
 from broker.session.foresight import Foresight
+from broker.session.pool_view import Facts, view
 from broker.store.activity import ActivityStore
 from broker.store.db import Database
 from broker.store.keeper import Keeper
@@ -43,6 +44,7 @@ class Api:
     clock: list[float]
     health: dict[str, str]
     control: Control
+    pool: dict[str, Any]
 
     async def call(self, method: str, path: str, body: Any = None, **options: Any) -> tuple[int, Any]:
         """Status and JSON; as an operator unless headers are given."""
@@ -64,6 +66,11 @@ def sign(raw: bytes, hook_id: str, at: float, key: bytes = HOOK_KEY) -> dict[str
     return {"webhook-id": hook_id, "webhook-timestamp": str(int(at)), "webhook-signature": f"v1,AAAA v1,{signature}"}
 
 
+def empty_pool() -> dict[str, Any]:
+    """The view of a broker without pools."""
+    return view([], [], Facts(2**30, 2**30, 0, 0.0, "", "", False, 0.0))
+
+
 @pytest.fixture
 async def api(tmp_path: Path) -> AsyncIterator[Api]:
     db = await Database.open(tmp_path / "state")
@@ -78,8 +85,9 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     registry = FakeRegistry()
     keeper = await Keeper.open(db, KeyFile(tmp_path / "state" / "vault.key"), bytes(32))
     foresight = Foresight(ActivityStore(db), lambda: config.pool, lambda: clock[0])
-    front = "ws://127.0.0.1:1"
-    control = Control(registry, access, UserStore(db), lambda: config, lambda: front, checks, keeper, foresight)
+    front, pool = "ws://127.0.0.1:1", empty_pool()
+    about = (registry, access, UserStore(db), lambda: config, lambda: front, checks)
+    control = Control(*about, keeper, foresight, lambda: pool)
     server = ControlServer(control)
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -88,7 +96,7 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     unix.listen()
     await server.start(listener, unix)
     async with aiohttp.ClientSession() as http:
-        yield Api(url, http, registry, access, clock, health, control)
+        yield Api(url, http, registry, access, clock, health, control, pool)
     await server.close()
     await registry.tasks.close()
     await keeper.close()
