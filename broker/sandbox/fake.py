@@ -64,7 +64,8 @@ class Script:
 
 @dataclass
 class FakeSandbox:
-    """One sandbox. ``binds``: what was bound; ``attached``: clients that came; for assertions."""
+    """One sandbox. ``binds``: what was bound; ``attached``: clients that came; for assertions. ``open_turns``,
+    ``turns``, ``pending``: what it says when it is asked."""
 
     ref: str
     installation: str
@@ -77,6 +78,9 @@ class FakeSandbox:
     attached: list[Attach] = field(default_factory=list)
     agent: str = "stopped"
     ahead: str = ""
+    open_turns: int = 0
+    turns: int = 0
+    pending: int = 0
     exit: Exit = field(default_factory=lambda: Exit(0))
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     running: asyncio.Event = field(default_factory=asyncio.Event)
@@ -331,6 +335,9 @@ class _Server:
             code=box.script.agent_fails,
             what=what,
             ahead=box.ahead,
+            open_turns=box.open_turns,
+            turns=box.turns,
+            pending=box.pending if number else 0,
             started_ms=1.0,
         )
 

@@ -75,12 +75,12 @@ class Idling:
     def used(self) -> None:
         """Somebody asks for it."""
         self._used_at = self._steady()
-        self._account()
 
     def request(self) -> None:
         """A turn begins, or what counts as one."""
         self.used()
         self._requests.append(self._used_at)
+        self._kept = (-inf, 0.0)
 
     def left(self) -> None:
         """A client is gone."""
@@ -101,11 +101,12 @@ class Idling:
                 self.request()
                 self._activity.note(self._user, self._clock(), "request")
         self._turns = status.turns
-        ended = self._open_turns and not status.open_turns
-        self._open_turns = status.open_turns
-        if ended:
+        before, self._open_turns = self._open_turns, status.open_turns
+        if before and not status.open_turns:
             self.used()
             self.look()
+        elif status.open_turns and not before:
+            self.account()
 
     def came_up(self, *, adopted: bool) -> None:
         """Its sandbox is ready. An adopted one was used a moment ago, as far as is known."""
@@ -158,7 +159,9 @@ class Idling:
 
     def look(self) -> None:
         """Something has changed: has it done what is due, or sets the timer, unless it is set early enough."""
-        self._account()
+        self.account()
+        if self._life.closed:
+            return
         found = self._decide()
         if found.action is not Action.STAY:
             self._act()
@@ -182,7 +185,7 @@ class Idling:
 
     # -- what it costs -------------------------------------------------------------------------
 
-    def _account(self) -> None:
+    def account(self) -> None:
         """Counts the time since the last call for what the session was doing, and sees what it does now."""
         now = self._steady()
         if self._doing is not None:
@@ -199,7 +202,10 @@ class Idling:
         """Now and then: the metrics hear of it, and what was not looked at is."""
         if self._timer is None:
             self.look()
-        self._account()
+        self._tell()
+
+    def _tell(self) -> None:
+        self.account()
         for state, seconds in self._idle_s.items():
             if seconds != self._told[state]:
                 IDLE_SECONDS.labels(state).inc(seconds - self._told[state])
@@ -207,7 +213,7 @@ class Idling:
 
     def view(self) -> dict[str, Any]:
         """For operators; seconds, and the operator's money where he said what a sandbox costs."""
-        self._account()
+        self.account()
         pool, now = self._config(), self._steady()
         found = self._decide()
         cost = sum(self._idle_s.values()) / 3600 * pool.cost_per_hour
@@ -224,4 +230,4 @@ class Idling:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self.tick()
+        self._tell()

@@ -156,6 +156,7 @@ class Session:
         """Counts the client in; wakes the session when it sleeps. Raises ``SESSION_BUSY``."""
         self._ask()
         self._clients.add(client)
+        self._idling.account()
         if not self._serving:
             self._rouse()
         elif self._configuration.old:
@@ -308,11 +309,15 @@ class Session:
             if not wants_bringup(self._life.state) or self._retired:
                 return
             self._ends.error = None
-            await self._life.move(Event.WANTED, "", incarnation=self._life.row.incarnation + 1)
+            incarnation = self._life.row.incarnation + 1
+            self._life.step(Event.WANTED, "")
         finally:
             self._waking = False
             self._life.told()
-        self._attempt(Timeline(self._runtime.driver.name, intent=not self._claims.asked), self._start)
+        timeline = Timeline(self._runtime.driver.name, intent=not self._claims.asked)
+        self._attempt(timeline, lambda bringup: self._start(bringup, incarnation))
+        # What runs is told by the sandbox's own row, so the bring-up need not wait for this one.
+        await self._life.save(state="starting", reason="", incarnation=incarnation)
 
     async def _wake(self) -> None:
         refresh = self._applying.refresh if self._configuration.dirty else None
@@ -329,12 +334,12 @@ class Session:
             on_failed=self._ends.fail,
         )
 
-    async def _start(self, bringup: BringUp) -> Prepared:
+    async def _start(self, bringup: BringUp, incarnation: int) -> Prepared:
         if self._custody.left is not None:
             with bringup.timeline.stage("put_away"):
                 await self._custody.tidy()
         configuration = self._configuration
-        return await bringup.run(self._life.row.incarnation, configuration.generation, configuration.assembled)
+        return await bringup.run(incarnation, configuration.generation, configuration.assembled)
 
     def _on_placed(self, box: Sandbox) -> None:
         self._custody.box = box
@@ -349,15 +354,20 @@ class Session:
             return
         configuration = self._configuration
         configuration.keep(prepared, generation)
-        await self._life.move(
-            Event.READY, "", config=prepared.assembled.dump(), config_at=configuration.assembled_at, slot=box.slot.id
-        )
+        self._life.step(Event.READY, "")
         bringup.timeline.finish("ready")
         log.info("session_ready", session=self.id, agent=self.agent, ms=round(bringup.timeline.total * 1000, 1))
         self._ends.watch(box)
         self._idling.came_up(adopted=bringup.timeline.path == ADOPTED)
         if configuration.dirty:
             self._applying.soon()
+        await self._life.save(
+            state="ready",
+            reason="",
+            config=prepared.assembled.dump(),
+            config_at=configuration.assembled_at,
+            slot=box.slot.id,
+        )
 
     async def adopt(self, box: Sandbox) -> asyncio.Task[None]:
         """Takes over a sandbox that outlived the last broker; the task ends when it is ready, or has failed."""

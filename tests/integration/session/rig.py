@@ -7,9 +7,9 @@ import json
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from math import inf
 from os import geteuid
 from pathlib import Path
 from typing import Any, cast
@@ -46,7 +46,7 @@ QUICK: dict[str, Any] = {
 
 
 class Clock:
-    """Seconds since the epoch, as the test says."""
+    """Seconds, as the test says."""
 
     def __init__(self) -> None:
         self.now = 1_000_000.0
@@ -114,7 +114,7 @@ class Client:
         self.holding = False
         self.holds = 0
         self.closed: tuple[int, str] | None = None
-        self.spoke_at = time.monotonic()
+        self.spoke_at = -inf
         self.on_speech: Callable[[], None] | None = None
 
     def hold(self, on_speech: Callable[[], None] | None = None) -> None:
@@ -126,9 +126,9 @@ class Client:
         self.holding = False
         self.on_speech = None
 
-    def speak(self) -> None:
+    def speak(self, at: float = -inf) -> None:
         """It has something for the agent."""
-        self.spoke_at = time.monotonic()
+        self.spoke_at = at
         if self.on_speech is not None:
             self.on_speech()
 
@@ -170,7 +170,7 @@ class Rig:
         self.base = base
         self.tree = merged(QUICK, changes)
         self.config = Config.model_validate(self.tree)
-        self.clock = Clock()
+        self.clock, self.steady = Clock(), Clock()
         self.engine = FakeEngine()
         self.gateway = FakeGateway()
         self.slots = Slots(base, uid=geteuid())
@@ -210,13 +210,22 @@ class Rig:
         )
         self.warmer = WarmMaker(self.runtime)
         self.pool = Shelf()
-        self.registry = Registry(self.runtime, Solo("n1"), self.clock, self.pool)
+        self.registry = Registry(self.runtime, Solo("n1"), self.clock, self.pool, steady=self.steady)
 
     async def warm(self, agent: str = "demo") -> Sandbox:
         """One more warm sandbox."""
         box = await self.warmer.make(agent, lambda box, reason: self.pool.boxes.remove(box))
         self.pool.boxes.append(box)
         return box
+
+    async def passes(self, seconds: float) -> None:
+        """Time in which nothing happens; every session does what is due then."""
+        self.clock.now += seconds
+        self.steady.now += seconds
+        sessions = list(self.registry._sessions.values())
+        for session in sessions:
+            session._idling.look()
+        await until(lambda: all(one._mailbox.idle and not one._resting._lined_up for one in sessions))
 
     def configure(self, changes: dict[str, Any]) -> None:
         self.tree = merged(self.tree, changes)

@@ -123,6 +123,33 @@ class SessionMachine(RuleBasedStateMachine):
 
         self.run(pass_())
 
+    @rule(seconds=st.sampled_from((60, 120, 900)))
+    def nobody_uses_it(self, seconds: int) -> None:
+        """Without waiting for what is done about it."""
+
+        async def look() -> None:
+            self.world.clock.now += seconds
+            self.world.steady.now += seconds
+            if self.session is not None:
+                self.session._idling.look()
+
+        self.run(look())
+
+    @rule()
+    def a_client_speaks(self) -> None:
+        for client in self.clients[:1]:
+            client.speak(self.world.steady())
+
+    @rule(announced=st.booleans())
+    def somebody_is_expected(self, announced: bool) -> None:
+        self.later(self.world.registry.prewarm("ann", "main", create=True, announced=announced))
+
+    @rule(turns=st.integers(0, 1))
+    def agents_have_turns(self, turns: int) -> None:
+        for box in self.world.engine.sandboxes.values():
+            box.open_turns = turns
+            box.turns += turns
+
     @rule()
     def restart(self) -> None:
         if self.world.engine.error is None:
@@ -145,16 +172,23 @@ class SessionMachine(RuleBasedStateMachine):
         self.pending.clear()
 
     def settled(self, session: Session) -> bool:
-        return session._mailbox.idle and session.state in ("ready", "stopped", "failed")
+        return session._mailbox.idle and session.state in ("ready", "paused", "stopped", "failed")
 
     @invariant()
     def one_home_in_one_place(self) -> None:
         if not hasattr(self, "world"):
             return
+        self._nobody_is_held_for_nothing()
         key = home_key("ann", "main")
         holders = [slot for slot, owner in self.world.slots.owners().items() if owner == key]
         assert len(holders) + self.world.slots.has_home(key) <= 1
         assert not list((self.world.base / "quarantine").iterdir())
+
+    def _nobody_is_held_for_nothing(self) -> None:
+        """What runs and has nothing under way hears its clients."""
+        session = self.session
+        if session is not None and session._mailbox.idle and session.state == "ready":
+            assert not any(client.holding for client in session._clients._clients.values())  # type: ignore[attr-defined]
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
