@@ -14,7 +14,7 @@ from broker.control.routes import Control, control
 from broker.control.users import applied_to, latest
 from broker.errors import Code, CortexError
 from broker.problems import nearest
-from broker.session.credentials import secret_of
+from broker.session.credentials import secret_of, speakable
 from broker.session.port import Applied
 from broker.store.keeper import Keeper
 from broker.store.vault import Facts
@@ -46,11 +46,26 @@ async def put(request: web.Request) -> web.Response:
             f"there is no provider {provider[:64]!r}",
             hint=nearest(provider[:64], providers) or "add it to [gateway.providers]",
         )
-    sent = await body(request, schema.PutCredential)
+    sent = await _sent(request)
     secret = secret_of(sent.kind, sent.mode, sent.value, provider, providers[provider], time.time())
     facts = await _keeper(request).vault.put(user, provider, secret)
     assert facts is not None, "no version was asked for"
     return answer(schema.CredentialStored(**_told(facts), **await _spread(context, user)))
+
+
+async def _sent(request: web.Request) -> schema.PutCredential:
+    """The body. Raises ``BAD_REQUEST`` that tells no name that may be a secret in the wrong place."""
+    try:
+        return await body(request, schema.PutCredential)
+    except CortexError as error:
+        names = [name for problem in error.details.get("problems", ()) for name in problem["path"].split(".") if name]
+        if all(map(speakable, names)):
+            raise
+        raise CortexError(
+            Code.BAD_REQUEST,
+            "the request is not valid",
+            hint='send {"value": …}, with "kind" where it is no API key; see /v1/openapi.json',
+        ) from None
 
 
 async def delete(request: web.Request) -> web.Response:

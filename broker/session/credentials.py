@@ -10,7 +10,9 @@ A user's own credential stands before the operator's, and nothing takes its plac
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -28,6 +30,7 @@ from broker.session.refresher import Refresher
 from broker.store.vault import Entry, Kind, Mode, Secret, Vault
 from sandbox_agent.wire.messages import MAX_CREDENTIAL_FILE
 
+_NAME = re.compile(r"[A-Za-z_]{1,32}")
 log = structlog.get_logger(__name__)
 
 
@@ -95,9 +98,10 @@ def _token_set(value: str | Mapping[str, Any], now: float) -> Secret:
     try:
         found = TokenSet.model_validate_json(value if isinstance(value, str) else json.dumps(value))
     except ValidationError as error:
-        problems = from_validation(error, TokenSet)
+        wrong = [problem for problem in from_validation(error, TokenSet) if all(map(speakable, problem.path))]
         raise _bad(
-            f"the token set is not valid: {problems[0]}", problems[0].hint or "see docs/user-config.md"
+            f"the token set is not valid{f': {wrong[0]}' if wrong else ''}",
+            f"send a JSON object of {', '.join(TokenSet.model_fields)}",
         ) from None
     if not all(is_token(token) for token in (found.access_token, found.refresh_token) if token is not None):
         raise _bad("a token is one line of printable text", "send the tokens as they were issued")
@@ -106,6 +110,11 @@ def _token_set(value: str | Mapping[str, Any], now: float) -> Secret:
     kept = found.model_dump(include={"access_token", "refresh_token", "account_id"}, exclude_none=True)
     expires_at = found.expires_at or expiry(found.access_token, found.expires_in, now)
     return Secret("oauth", "gateway", kept, expires_at=expires_at)
+
+
+def speakable(name: str) -> bool:
+    """Whether a key of what was sent may be told; what was sent in a wrong way may have a secret for a key."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _bad(what: str, hint: str) -> CortexError:

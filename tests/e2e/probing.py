@@ -50,15 +50,16 @@ MODEL_URL = "{{gateway}}/anthropic"
 
 @asynccontextmanager
 async def probed(
-    directory: Path, driver: str, *, oauth: str = "", extra: str = ""
+    directory: Path, driver: str, *, oauth: str = "", env: Mapping[str, str] | None = None
 ) -> AsyncIterator[tuple[BrokerProcess, StandIn]]:
     """A broker with a vault, and the provider behind it."""
     if driver == "process" and process_config():
         missing("no bubblewrap here: there is no vault without isolation")
-    async with stand_in() as provider:
-        settings = config(directory, provider.url, oauth=oauth) + extra
-        async with running(directory, driver, settings) as broker:
-            yield broker, provider
+    async with (
+        stand_in() as provider,
+        running(directory, driver, config(directory, provider.url, oauth=oauth), env=env) as broker,
+    ):
+        yield broker, provider
 
 
 class Cli:
@@ -101,7 +102,7 @@ async def token_endpoint(answer: dict[str, Any]) -> AsyncIterator[tuple[str, lis
 
     async def token(request: web.Request) -> web.Response:
         asked.append(dict(await request.post()))
-        return web.json_response(answer)
+        return web.json_response(answer, status=400 if "error" in answer else 200)
 
     app = web.Application()
     app.router.add_post("/token", token)
