@@ -63,10 +63,11 @@ class Ledger:
         return (known.since, known.expected.end) if known else None
 
     def arrived(self, user: str, at: float, *, up: bool = False) -> Outcome | None:
-        """The user came; None when that needed no forecast, since a sandbox was ``up`` or the coming announced."""
+        """The user came, at a whole second; None when that needed no forecast, since a sandbox was ``up`` or the coming
+        announced."""
         self._close_if_over(user, at)
         known = self._open.pop(user, None)
-        if known is not None and known.since <= at:
+        if known is not None and int(known.since) <= at:
             self._faith.pop(user, None)
             return self._ended(known, "hit", at)
         if up:

@@ -48,6 +48,14 @@ def test_who_came_before_it_was_said_was_not_expected() -> None:
     assert ledger.counts["wasted"] == 0
 
 
+def test_an_arrival_is_known_to_the_second() -> None:
+    ledger = Ledger()
+    ledger.expect(told(), 90.7)
+    outcome = ledger.arrived("ann", 90.0)
+    assert outcome is not None
+    assert (outcome.result, outcome.ready_s) == ("hit", 0)
+
+
 def test_who_had_a_sandbox_needed_no_forecast() -> None:
     ledger = Ledger()
     assert ledger.arrived("ann", 10, up=True) is None
