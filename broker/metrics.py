@@ -90,6 +90,13 @@ POOL_BREAKER = Gauge(
     ("agent",),
     registry=REGISTRY,
 )
+POOL_MEMORY = Gauge(
+    "cortex_pool_memory_bytes",
+    "kind: warm (what warm sandboxes take), budget (what they may), available (what the host has left), reserve "
+    "(what they leave it).",
+    ("kind",),
+    registry=REGISTRY,
+)
 VAULT_ALARMS = Counter(
     "cortex_vault_alarms_total",
     "Sealed credentials that were refused: tampered with, swapped, or put back to an older version.",
@@ -140,6 +147,8 @@ for _state in ("ready", "paused"):
 for _direction in ("to_agent", "to_client"):
     RELAY_FRAMES.labels(_direction)
     RELAY_BYTES.labels(_direction)
+for _result in ("hit", "empty", "stale", "failed"):
+    POOL_CLAIMS.labels("generic", _result)
 for _reason in ("tampered", "rolled_back"):
     VAULT_ALARMS.labels(_reason)
 for _kind in ("mcp", "credentials", "settings", "packages"):

@@ -27,7 +27,17 @@ from broker.sandbox.reconcile import Adopted
 from broker.session.breaker import Patience
 from broker.session.mailbox import crashed
 from broker.session.pool_policy import Limits, Plan, Stock, plan, wanted
-from broker.session.pool_view import Facts, Row, Users, forget, publish, publish_users, view
+from broker.session.pool_view import (
+    Facts,
+    Row,
+    Users,
+    expect_refills,
+    forget,
+    publish,
+    publish_memory,
+    publish_users,
+    view,
+)
 from broker.session.sandbox import Runtime, Sandbox, how_ended
 from broker.session.shelf import GUESS_BYTES, Member, Shelf
 from broker.session.warm import Warmer
@@ -218,7 +228,10 @@ class Pool:
         now = self._clock()
         self._due = None
         users = list(self._users())
-        decided = plan([self._stock(shelf, now) for shelf in self._shelves.values()], self._limits(users, now))
+        stocks, limits = [self._stock(shelf, now) for shelf in self._shelves.values()], self._limits(users, now)
+        decided = plan(stocks, limits)
+        taken = sum(stock.held for stock in stocks) + limits.others
+        publish_memory(taken, limits.budget, limits.available, limits.reserve)
         for agent in decided.make:
             self._bucket.take(now)
             self._begin(self._shelves[agent])
@@ -311,6 +324,7 @@ class Pool:
     def _shelf(self, agent: str) -> Shelf:
         if agent not in self._shelves:
             self._shelves[agent] = Shelf(agent)
+            expect_refills(agent)
             self._refresh(self._shelves[agent])
         return self._shelves[agent]
 

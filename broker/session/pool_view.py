@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker.config import PoolAgentConfig
-from broker.metrics import IDLE_SECONDS, POOL_BREAKER, POOL_CLAIMS, POOL_SIZE, POOL_TARGET
+from broker.metrics import IDLE_SECONDS, POOL_BREAKER, POOL_CLAIMS, POOL_MEMORY, POOL_REFILLS, POOL_SIZE, POOL_TARGET
 from broker.session.shelf import GUESS_BYTES, Shelf
 
 STATES = ("making", "hot", "paused", "ending")
@@ -147,6 +147,18 @@ def publish_users(users: Iterable[tuple[str, str]], agents: Iterable[str]) -> se
         for state in USER_STATES:
             POOL_SIZE.labels(agent, "user", state).set(own[agent, state])
     return told
+
+
+def publish_memory(warm: int, budget: int, available: int, reserve: int) -> None:
+    """The gauges of memory, in bytes."""
+    for kind, size in (("warm", warm), ("budget", budget), ("available", available), ("reserve", reserve)):
+        POOL_MEMORY.labels(kind).set(size)
+
+
+def expect_refills(agent: str) -> None:
+    """Counters that begin at 0, so that the first failure is seen as one more."""
+    for result in ("made", "failed"):
+        POOL_REFILLS.labels(agent, result)
 
 
 def forget(agent: str) -> None:

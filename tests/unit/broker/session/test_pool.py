@@ -39,6 +39,10 @@ def claims(result: str) -> float:
     return REGISTRY.get_sample_value("cortex_pool_claims_total", {"kind": "generic", "result": result}) or 0.0
 
 
+def memory(kind: str) -> float | None:
+    return REGISTRY.get_sample_value("cortex_pool_memory_bytes", {"kind": kind})
+
+
 # Claims
 
 
@@ -264,10 +268,13 @@ def test_the_hosts_memory_is_left_alone_and_given_back_when_it_is_needed() -> No
     async def scene(world: World) -> None:
         await world.filled(60)
         assert len(world.shelf()) == 4
+        assert memory("warm") == sum(shelf.cost * len(shelf) for shelf in [world.shelf()])
         world.host = replace(world.host, available=GIB // 4)
         await asyncio.sleep(TICK_S + 1)
         assert world.sizes() == {}
         assert world.shelf().short == "memory"
+        assert (memory("warm"), memory("available"), memory("reserve")) == (0, GIB // 4, GIB)
+        assert memory("budget") == 32 * GIB
         world.host = replace(world.host, available=2 * GIB)
         await asyncio.sleep(TICK_S + 60)
         assert len(world.shelf()) == 4
