@@ -171,6 +171,7 @@ async def test_credentials_are_operators_business(told: Api) -> None:
 async def test_erasing_a_user_erases_the_credentials(told: Api) -> None:
     for user in ("ann", "bob"):
         await told.call("PUT", f"/v1/users/{user}/credentials/anthropic", {"value": CANARY})
+        assert len(await vault(told).list(user)) == 1
     assert (await told.call("DELETE", "/v1/users/ann"))[0] == 200
     assert await vault(told).list("ann") == []
     assert len(await vault(told).list("bob")) == 1

@@ -181,6 +181,7 @@ async def test_nobodys_token_is_renewed_while_the_user_is_away_but_at_once_when_
     for _ in range(5):
         world.now += 3600
         await world.refresher.look()
+    assert world.refresher._flights == {}
     assert world.server.asked == []
     assert await world.token() == "at-1"
 
@@ -254,6 +255,7 @@ async def test_failures_back_off_and_a_restart_does_not_forget_it(world: World) 
             assert len(world.server.asked) == tries
     assert pauses == sorted(pauses)
     assert pauses[-1] > 4 * pauses[0]
+    assert world.told == ["ann"], "the same failure is no news"
     world.server.answer = None
     world.now = (await world.facts()).retry_at
     assert await world.token() == "at-1"
@@ -272,6 +274,20 @@ async def test_a_restart_that_finds_many_due_asks_for_a_few_at_a_time(world: Wor
     await asyncio.gather(*needs)
     assert len(world.server.asked) == len(users)
     assert world.server.most == AT_ONCE
+
+
+async def test_one_that_was_stored_anew_while_it_waited_for_its_turn_is_not_renewed(world: World) -> None:
+    users = [f"u{number}" for number in range(AT_ONCE + 1)]
+    for user in users:
+        world.server.good.add(user)
+        await world.store(-5, user=user, refresh=user)
+    world.server.gate.clear()
+    needs = [asyncio.ensure_future(world.token(await world.entry(user))) for user in users]
+    await world.until(lambda: world.server.under_way == AT_ONCE)
+    await world.vault.put(users[-1], "p", Secret("oauth", "gateway", {"access_token": "new"}, world.now + 3600))
+    world.server.gate.set()
+    assert (await asyncio.gather(*needs))[-1] == "new"
+    assert users[-1] not in [asked["refresh_token"] for asked in world.server.asked]
 
 
 async def test_what_was_stored_meanwhile_wins(world: World) -> None:

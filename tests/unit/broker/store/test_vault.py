@@ -123,25 +123,42 @@ async def test_what_is_kept_in_memory_is_bounded_and_sealed(vault: Vault, monkey
     assert (await get(vault)).value == CANARY
 
 
+class SlowReads:
+    """Reads of the store are answered when ``go`` is set; ``begun`` says that one has read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.begun = asyncio.Event(), asyncio.Event()
+        read = Database.read
+
+        async def slow(db: Database, sql: str, params: Any = ()) -> Any:
+            rows = await read(db, sql, params)
+            self.begun.set()
+            await self.go.wait()
+            return rows
+
+        monkeypatch.setattr(Database, "read", slow)
+
+
 async def test_a_read_that_overlaps_a_write_is_not_remembered(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = await vault.put("ann", "p", KEY)
+    slow = SlowReads(monkeypatch)
+    listing = asyncio.ensure_future(vault.list("ann"))
+    await slow.begun.wait()
+    new = await vault.put("ann", "p", Secret("api_key", "gateway", "newer"))
+    slow.go.set()
+    assert await listing == [old]
+    assert await vault.list("ann") == [new]
+
+
+async def test_what_was_read_before_a_write_is_no_attack(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
     await vault.put("ann", "p", KEY)
-    read, go, reading = Database.read, asyncio.Event(), asyncio.Event()
-
-    async def slow(self: Database, sql: str, params: Any = ()) -> Any:
-        rows = await read(self, sql, params)
-        reading.set()
-        await go.wait()
-        return rows
-
-    monkeypatch.setattr(Database, "read", slow)
+    slow = SlowReads(monkeypatch)
     before = alarms("rolled_back")
     asking = asyncio.ensure_future(get(vault))
-    await reading.wait()
+    await slow.begun.wait()
     await vault.put("ann", "p", Secret("api_key", "gateway", "newer"))
-    go.set()
-    # What it had read was the past; that is no attack.
+    slow.go.set()
     assert (await asking).value == "newer"
-    assert (await get(vault)).value == "newer"
     assert alarms("rolled_back") == before
 
 
@@ -249,7 +266,13 @@ async def test_a_whole_row_put_back_is_refused_by_the_broker_that_saw_the_newer_
         with pytest.raises(CortexError, match="older version"):
             await vault.get("ann", "p")
     assert alarms("rolled_back") == before + 2
+    await vault.put("ann", "p", KEY)
+    await db.write(("DELETE FROM old", ()), ("INSERT INTO old SELECT * FROM credentials", ()))
     await vault.delete("ann", "p")
+    await db.write(*back)
+    with pytest.raises(CortexError, match="older version"):
+        await vault.get("ann", "p")
+    await vault.erase("ann")
     await db.write(*back)
     with pytest.raises(CortexError, match="older version"):
         await vault.get("ann", "p")
