@@ -284,10 +284,11 @@ async def test_one_that_was_stored_anew_while_it_waited_for_its_turn_is_not_rene
     world.server.gate.clear()
     needs = [asyncio.ensure_future(world.token(await world.entry(user))) for user in users]
     await world.until(lambda: world.server.under_way == AT_ONCE)
-    await world.vault.put(users[-1], "p", Secret("oauth", "gateway", {"access_token": "new"}, world.now + 3600))
+    fresh = {"access_token": "new", "refresh_token": "rt-new"}
+    await world.vault.put(users[-1], "p", Secret("oauth", "gateway", fresh, world.now + 3600))
     world.server.gate.set()
     assert (await asyncio.gather(*needs))[-1] == "new"
-    assert users[-1] not in [asked["refresh_token"] for asked in world.server.asked]
+    assert [asked["refresh_token"] for asked in world.server.asked] == users[:-1]
 
 
 async def test_what_was_stored_meanwhile_wins(world: World) -> None:
