@@ -15,7 +15,7 @@ from broker.store.db import Database, Statement, Transaction
 
 SLICE = 500
 """Rows written in one transaction."""
-PAGE = 1000
+PAGE = 250
 """Rows read at once."""
 PRUNED_USERS = 20
 """Users whose old rows are deleted in one transaction."""
