@@ -168,6 +168,11 @@ class Idling:
         elif found.at is not None and not (self._timer is not None and self._due <= found.at):
             self._set(found.at)
 
+    def watch(self) -> None:
+        """What kept it from being looked at may be over: sees to it that the timer is set."""
+        if self._timer is None:
+            self.look()
+
     def settings_changed(self) -> None:
         """Other times are in force."""
         self._kept = (-inf, 0.0)
@@ -200,8 +205,7 @@ class Idling:
 
     def tick(self) -> None:
         """Now and then: the metrics hear of it, and what was not looked at is."""
-        if self._timer is None:
-            self.look()
+        self.watch()
         self._tell()
 
     def _tell(self) -> None:

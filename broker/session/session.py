@@ -189,6 +189,7 @@ class Session:
             return await self._take_stream(attach)
         finally:
             self._opening -= 1
+            self._idling.watch()
 
     async def _take_stream(self, attach: Attach) -> socket.socket:
         box = self._custody.box

@@ -202,6 +202,8 @@ async def test_a_new_client_is_served_as_on_a_ready_session() -> None:
         assert await echo(socks[0]) == b"hi"
         for sock in socks:
             sock.close()
+        # Their timer is set, too: what kept it from being set was that they had no stream yet.
+        assert session._idling._timer is not None
 
 
 async def test_a_create_wakes_it_and_a_configuration_change_does_not() -> None:
