@@ -143,6 +143,7 @@ class Forewarner:
         except CortexError as error:
             log.error("forecast_failed", error=str(error), hint=error.hint)
             return
+        others = up - self._made
         choice = self._choose(preparer, patterns, up, now)
         acting = settings.forecast.mode == "on"
         self._told = [(one, await self._be_ready(preparer, one.user, acting=acting)) for one in choice.chosen]
@@ -152,7 +153,7 @@ class Forewarner:
         for one, action in self._told:
             if action in ("would prewarm", "prewarmed"):
                 self._ledger.expect(one, now)
-        self._up = up - self._made
+        self._up = others
         self._looked_at = now
         self._load(preparer, self._share(settings, now) if acting else None)
         if acting:

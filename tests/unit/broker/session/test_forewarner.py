@@ -183,8 +183,9 @@ async def test_room_is_for_the_likeliest_and_a_likelier_one_takes_it() -> None:
     rig.preparer.free = -100
     assert await rig.look(COMES + 60 + 560) == [("ann", "left out")]
     assert rig.preparer.of("let_go") == ["ann"]
+    rig.came("ann", COMES + 60 + 570)
     await rig.look(COMES + 3000)
-    assert rig.counts["wasted"] == 0, "nobody was ready to the end"
+    assert rig.counts == {"hit": 0, "miss": 1, "wasted": 0}, "nothing was ready any more, and nothing to the end"
 
 
 async def test_at_most_so_many_as_are_looked_at() -> None:

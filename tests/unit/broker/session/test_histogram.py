@@ -111,6 +111,7 @@ def test_no_window_without_samples_or_without_a_pattern() -> None:
 
 def test_who_is_mostly_away_for_longer_is_judged_by_the_last_times() -> None:
     assert near(histogram([10.0] * 6 + [500.0] * 5).window())[2] == "histogram"
+    assert near(histogram([10.0] * 4 + [500.0] * 5).window())[2] == "recent"
     assert near(histogram([10.0] * 5 + [600.0] * 10).window()) == (510.0, 690.0, "recent")
     assert near(histogram([300.0, 300.0, 400.0]).window()) == (280.5, 379.5, "recent")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ class Store(ActivityStore):
 
     full = False
     unreadable = False
+    meanwhile: Callable[[], None] | None = None
 
     async def top(self, since_hour: int, until_hour: int, limit: int) -> list[UserTotal]:
         if self.unreadable:
@@ -32,6 +33,8 @@ class Store(ActivityStore):
         return await super().top(since_hour, until_hour, limit)
 
     async def add(self, tallies: Sequence[Tally]) -> None:
+        if self.meanwhile is not None:
+            self.meanwhile()
         if self.full:
             raise CortexError(Code.DISK_FULL, "the disk is full", hint="free space")
         await super().add(tallies)
@@ -120,6 +123,17 @@ async def test_a_full_disk_loses_nothing(rig: Rig) -> None:
     assert await rig.rows("bob") == []
 
 
+async def test_who_is_erased_while_it_is_written_does_not_come_back(rig: Rig) -> None:
+    rig.store.full = True
+    rig.store.meanwhile = lambda: rig.activity.forget("ann")
+    for user in ("ann", "bob"):
+        rig.activity.note(user, NOW, "request")
+    await rig.activity.turn()
+    rig.store.full, rig.store.meanwhile = False, None
+    await rig.activity.turn()
+    assert (await rig.rows("ann"), len(await rig.rows("bob"))) == ([], 1)
+
+
 async def test_more_than_may_wait_is_dropped_and_counted(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "MAX_WAITING", 3)
     before = next(iter(ACTIVITY_DROPPED.collect())).samples[0].value
@@ -169,6 +183,7 @@ async def test_what_nobody_asked_to_forecast_is_not_kept_by(rig: Rig) -> None:
 
 
 async def test_a_log_is_taken_over_once_and_only_its_lately(rig: Rig) -> None:
+    await rig.activity.turn()
     minute = int(NOW // 60)
     old, new, ahead = minute - 15 * 1440, minute - 1440, minute + 3 * 1440
     tallies = [Tally(at, 0, "request", "ann", 2, 5) for at in (old, new, ahead)]

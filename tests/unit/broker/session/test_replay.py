@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +33,17 @@ def test_the_hybrid_learns_when_somebody_comes_back() -> None:
     assert learnt.cold == 1 + Rules().least
     assert kept.cold == 1
     assert learnt.idle < kept.idle / 4
+
+
+def test_a_day_weighs_less_than_the_next() -> None:
+    weights = []
+
+    def policy(histogram: IdleHistogram) -> tuple[int, int]:
+        weights.append(histogram.weight)
+        return 0, 0
+
+    replay("seen", policy, {"ann": [0, 10, DAY + 10, 3 * DAY]})
+    assert weights == [0, 1, 0.85 + 1, pytest.approx(1.85 * 0.85**2 + 1)]
 
 
 def test_nothing_is_let_go_for_less_than_a_rest() -> None:
