@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bringup import docker_run, milliseconds
-from bench.claim_agents import bench_agents
+from bench.claim_agents import bench_agents, mcp_servers
 from bench.claim_crowd import bench_crowd
 from bench.claim_load import bench_idle, bench_load
 from bench.claim_paths import Api, Exec, credential, first_frame, ready_by, request, settled, until, waiting
@@ -26,7 +26,6 @@ from tests.e2e.conftest import docker_missing
 from tests.e2e.harness import BrokerProcess, running
 
 ROUNDS, LONG_ROUNDS = 20, 60
-MCP = {"mcpServers": {"one": {"command": "/bin/cat"}, "two": {"command": "/bin/cat"}}}
 CONFIG = """
 [pool]
 refill_per_s = 50
@@ -87,7 +86,7 @@ class Ways:
     def generic_returning(self, number: int) -> None:
         """A generic sandbox for who has a home, MCP servers and a credential file."""
         user = self.user("back", number)
-        self.api("PUT", f"/v1/users/{user}/config/mcp", MCP)
+        self.api("PUT", f"/v1/users/{user}/config/mcp", mcp_servers())
         credential(self.api, user, "none")
         request(self.api, user, "demo", "generic_warm")
         self.api("POST", f"/v1/sessions/{user}/main/stop")
@@ -105,6 +104,7 @@ def go_ways(broker: BrokerProcess, rounds: int) -> Ways:
     """All ways but the paused one, in turns. Blocks."""
     ways, loop = Ways(Api(broker), "w"), asyncio.new_event_loop()
     peer = Exec()
+    loop.run_until_complete(peer.open())
     try:
         for number in range(rounds):
             ways.own(number, "ready")

@@ -242,6 +242,12 @@ class Rig:
         await session.wait_ready()
         return session
 
+    async def written(self, state: str, *, slot: str, user: str = "ann", workspace: str = "main") -> None:
+        """Returns when the session's row says so; a bring-up does not wait for it."""
+        async with asyncio.timeout(5):
+            while (row := await self.rows.get(user, workspace)) is None or (row.state, row.slot) != (state, slot):
+                await asyncio.sleep(0.002)
+
     async def put(self, section: str, value: dict[str, Any], user: str = "ann") -> list[Any]:
         """As the control API does it: stored, then applied."""
         await self.users.put_section(user, section, value)

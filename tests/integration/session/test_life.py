@@ -20,9 +20,7 @@ async def test_a_created_session_becomes_ready_by_itself() -> None:
         assert (session.state, session.view()["state"]) == ("starting", "starting")
         await until(lambda: session.state == "ready")
         assert world.registry.states() == {"ready": 1}
-        row = await world.rows.get("ann", "main")
-        assert row is not None
-        assert (row.state, row.slot) == ("ready", world.box.spec.slot)
+        await world.written("ready", slot=world.box.spec.slot)
         (timeline,) = session.timeline()
         assert timeline["outcome"] == "ready"
         assert {"assemble", "place", "start", "hello", "bind", "agent"} <= {s["stage"] for s in timeline["stages"]}
