@@ -24,7 +24,7 @@ def shade(value: float, top: float) -> str:
     """One character."""
     if value <= 0 or top <= 0:
         return SHADES[0]
-    return SHADES[max(1, min(len(SHADES) - 1, round(value / top * (len(SHADES) - 1))))]
+    return SHADES[max(1, round(min(1.0, value / top) * (len(SHADES) - 1)))]
 
 
 def named(hour_of_week: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from broker.cli.heatmap import SHADES, heatmap, named, shade
@@ -26,6 +26,7 @@ def test_nothing_is_drawn_as_nothing() -> None:
     assert heatmap([0.5] * 168, 1.0).count("@") == 0
 
 
+@example(0.0, 1.0, 2.2250738585072014e-308)
 @given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 10))
 def test_more_is_never_lighter(one: float, two: float, top: float) -> None:
     low, high = sorted((one, two))
