@@ -25,6 +25,12 @@ def _port(listen: str) -> str:
     return listen
 
 
+def _below_home(path: str) -> str:
+    if path and (path.startswith("/") or not {"", ".", ".."}.isdisjoint(path.split("/")) or "\0" in path):
+        raise ValueError("a path below HOME, such as .agent/auth.json")
+    return path
+
+
 Listen = Annotated[
     str,
     Field(pattern=r"^(unix:/.+|systemd:[A-Za-z0-9._-]+|\[?[A-Za-z0-9.:-]+\]?:[0-9]{1,5})$"),
@@ -172,7 +178,7 @@ class AgentConfig(Section):
         "users without a home (new), for everybody (any).",
     )
     live_mcp: bool = Field(False, description="Takes new MCP servers in an open conversation.")
-    credential_path: str = Field(
+    credential_path: Annotated[str, AfterValidator(_below_home)] = Field(
         "", description="The agent's own credential file below HOME, for credentials of mode file."
     )
     credential_env: dict[str, str] = Field(

@@ -290,3 +290,10 @@ def test_an_unknown_table_in_the_environment_is_told_by_its_variable() -> None:
 def test_a_port_that_would_be_another_one_is_a_problem(tmp_path: Path, listen: str) -> None:
     (found,) = problems(write(tmp_path, f'[front]\nlisten = "{listen}"\n'))
     assert found["path"] == "front.listen"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a"])
+def test_a_credential_file_lies_below_home(tmp_path: Path, path: str) -> None:
+    (found,) = problems(write(tmp_path, f'[agents.a]\ncommand = ["x"]\ncredential_path = "{path}"\n'))
+    assert found["path"] == "agents.a.credential_path"
+    assert "below HOME" in found["what"]

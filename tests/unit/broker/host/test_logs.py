@@ -66,6 +66,8 @@ def test_secrets_never_come_out(out: io.StringIO) -> None:
         subprotocols="acp.v1, bearer.hunter2hunter2",
         raw=b"hunter2",
         error=ValueError("key sk-hunter2hunter2"),
+        jwt="got eyJhbGciOiJub25lIn0.hunter2hunter2.hunter2 from it",
+        google="ya29.hunter2hunter2",
         attach="cx1.YW5uL21haW4.hunter2hunter2hunter2hunter2hunter2hunter2h",
     )
     try:
