@@ -56,6 +56,7 @@ export class Spare {
     parked.then(
       (process) => {
         this.#process = process;
+        console.error("a process is parked");
         process.claimed.catch(() => {});
         process.exited.then(gone);
       },
