@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_agent import credentials
+from sandbox_agent import credentials, homefiles
 from sandbox_agent.credentials import CredentialFiles
 from sandbox_agent.homefiles import UnsafePath
 from sandbox_agent.wire.messages import MAX_CREDENTIAL_FILE, Refreshed
@@ -310,6 +310,44 @@ async def test_half_a_file_is_not_told_nor_moved(box: Box) -> None:
     assert await box.told() == token("3")
     await box.linked()
     assert box.sent.empty()
+    box.files.close()
+
+
+async def test_what_replaces_a_file_while_it_is_moved_is_not_lost(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.put("1")
+    put = homefiles.write_in
+
+    def meanwhile(directory: int, name: str, content: bytes, mode: int = 0o600) -> None:
+        put(directory, name, content, mode)
+        if content == token("2"):
+            by_rename(box, token("3"))
+
+    monkeypatch.setattr(homefiles, "write_in", meanwhile)
+    by_rename(box, token("2"))
+    while await box.told() != token("3"):
+        pass
+    await box.linked()
+    assert box.link.read_bytes() == token("3")
+    assert box.on_disk() == []
+    box.files.close()
+
+
+async def test_the_end_of_a_write_that_comes_while_the_file_is_moved_is_not_lost(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.put("1")
+    link = homefiles.link_in
+    (box.home / "new").write_bytes(token("2"))
+    with (box.home / "new").open("r+b", buffering=0) as file:
+
+        def meanwhile(directory: int, name: str, target: str) -> None:
+            file.write(token("3"))
+            link(directory, name, target)
+
+        monkeypatch.setattr(homefiles, "link_in", meanwhile)
+        (box.home / "new").rename(box.link)
+        assert await box.told() == token("3")
+    assert box.link.read_bytes() == token("3")
     box.files.close()
 
 
