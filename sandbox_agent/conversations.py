@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MAX_CONVERSATIONS = 1024
 MAX_STATE_BYTES = 65_536
 """Modes and options of one conversation that are kept. Every journal file begins with all that is kept."""
+MAX_CHOICES = 64
+MAX_CHOICE_BYTES = 1024
+"""What clients have chosen in one conversation, that is kept."""
 MAX_OUTCOME_BYTES = 4096
 MAX_OUTCOMES = 512
 """Finished prompts with a message id that are remembered."""
@@ -67,14 +70,18 @@ class Conversation:
     first: int = 0
     """Journal position before its first record."""
     extras: dict[str, Any] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """What clients have chosen, see ``choices``."""
     live: bool = False
     """The agent process that runs now has it."""
     servers: list[dict[str, Any]] = field(default_factory=list)
     """MCP servers that a client was allowed to add."""
     opened: Opened = field(default_factory=Opened)
     """Versions of the configured MCP servers that the agent opened it with."""
-    fresh: bool = True
-    """No prompt has gone to the agent since that opened it."""
+    tools: int = -1
+    """Version of the configured tools that its last prompt has waited for; -1: there was none since it was opened."""
+    blank: bool = False
+    """It was made here and nothing was said in it yet."""
     restoring: bool = False
     refreshing: bool = False
     """It is opened again for other MCP servers; if that fails it goes on as it was."""
@@ -87,7 +94,7 @@ class Conversation:
 
     def went_live(self, opened: Opened) -> None:
         """The agent has opened it."""
-        self.live = self.fresh = True
+        self.live, self.tools = True, -1
         self.opened = opened
 
     def saved(self) -> dict[str, Any]:
@@ -101,6 +108,7 @@ class Conversation:
             "at": self.at,
             "first": self.first,
             "extras": self.extras,
+            "chosen": self.chosen,
         }
 
     def info(self) -> dict[str, Any]:

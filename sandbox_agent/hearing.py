@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from sandbox_agent import jsonrpc, records
+from sandbox_agent import choices, jsonrpc, records
 from sandbox_agent.agent_side import AgentSide
 from sandbox_agent.ahead import Ahead
 from sandbox_agent.asks import Asks
@@ -143,6 +143,8 @@ class Hearing:
                 message, line = {**message, "params": {**params, "sessionId": conversation.id}}, b""
             self._outbox.update(message, conversation, raw=line)
             if conversation.track(params.get("update")):
+                if not conversation.restoring:  # what an agent begins with was not chosen
+                    choices.said_by_agent(conversation)
                 self._outbox.note(records.CONVERSATION, conversation.saved(), conversation)
 
     def _orphan(self, session_id: str, line: bytes) -> None:

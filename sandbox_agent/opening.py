@@ -82,7 +82,7 @@ class Opening:
         opened = self._servers.opened
 
         def made(reply: Message) -> None:
-            self._made(client, request_id, cwd, servers, opened, reply)
+            self._made(client, request_id, cwd, servers, opened, reply, blank=method == "session/new")
 
         if method == "session/new" and self._from_ahead(client, request_id, wanted, made):
             return
@@ -125,7 +125,15 @@ class Opening:
         return sum(1 for method, _, _ in client.calls.values() if method in ("session/new", "session/fork"))
 
     def _made(
-        self, client: Client, request_id: Any, cwd: str, servers: list[Message], opened: Opened, reply: Message
+        self,
+        client: Client,
+        request_id: Any,
+        cwd: str,
+        servers: list[Message],
+        opened: Opened,
+        reply: Message,
+        *,
+        blank: bool,
     ) -> None:
         result = reply.get("result")
         agent_id = result.get("sessionId") if isinstance(result, dict) else None
@@ -137,7 +145,7 @@ class Opening:
         start = self._outbox.position
         found = self._conversations.add(agent_id, cwd, first=start, at=time.time())
         found.take_extras(result)
-        found.servers = servers
+        found.servers, found.blank = servers, blank
         found.went_live(opened)
         self._outbox.note(records.CONVERSATION, found.saved(), found)
         if not client.gone:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sandbox_agent import jsonrpc, records
+from sandbox_agent import choices, jsonrpc, records
 from sandbox_agent.agent_side import AgentSide, failed
 from sandbox_agent.asks import Asks
 from sandbox_agent.calls import ClientCalls
 from sandbox_agent.clients import Client
-from sandbox_agent.conversations import Conversation, Conversations
+from sandbox_agent.conversations import Conversations
 from sandbox_agent.jsonrpc import Message
 from sandbox_agent.opening import Opening
 from sandbox_agent.outbox import Outbox
@@ -182,25 +182,13 @@ class Requests:
                 return
 
             def replied(reply: Message) -> None:
-                self._follow(found, method, wanted, reply)
+                if choices.follow(found, choices.Choice(method, wanted), reply):
+                    self._outbox.note(records.CONVERSATION, found.saved(), found)
                 self._calls.give(client, request_id, reply, found)
 
             self._calls.forward(client, request_id, method, {**wanted, "sessionId": found.agent_id}, found, replied)
 
         self._restorer.ensure(found, live)
-
-    def _follow(self, found: Conversation, method: str, params: Message, reply: Message) -> None:
-        result = reply.get("result")
-        changed = False
-        if method == "session/set_mode" and "error" not in reply:
-            changed = found.set_mode(params.get("modeId"))
-        elif method == "session/set_model" and "error" not in reply:
-            changed = found.set_model(params.get("modelId"))
-        elif method == "session/set_config_option" and isinstance(result, dict) and "configOptions" in result:
-            found.set_options(result["configOptions"])
-            changed = True
-        if changed:
-            self._outbox.note(records.CONVERSATION, found.saved(), found)
 
     # -- notifications ---------------------------------------------------------------------------
 

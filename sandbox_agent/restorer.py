@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-from sandbox_agent import records
+from sandbox_agent import choices, records
 from sandbox_agent.agent_side import AgentSide, failed, is_session_id
 from sandbox_agent.conversations import Conversation, Conversations, WhenLive
 from sandbox_agent.jsonrpc import Message
@@ -53,6 +54,23 @@ class Restorer:
         if conversation.restoring:
             return
         conversation.restoring = True
+        if conversation.refreshing and self._agent.can("close"):
+            params = {"sessionId": conversation.agent_id}
+            self._agent.call("session/close", params, lambda reply: self._closed(conversation, reply))
+        else:
+            self._reopen(conversation)
+
+    def _closed(self, conversation: Conversation, reply: Message) -> None:
+        """Agents that have it open may go on with the MCP servers it has (codex-acp 2.6 does)."""
+        if not conversation.restoring:
+            return
+        conversation.refreshing = "error" in reply
+        if conversation.blank and not conversation.refreshing:
+            self._anew(conversation)
+        else:
+            self._reopen(conversation)
+
+    def _reopen(self, conversation: Conversation) -> None:
         if not conversation.agent_id:
             self._anew(conversation)
         elif self._agent.can("resume"):
@@ -86,11 +104,11 @@ class Restorer:
         elif conversation.quiet and "error" not in reply:
             self._agent.call(FENCE, {}, lambda fence: self._fenced(conversation, reply, fence), within_s=FENCE_S)
         else:
-            self._done(conversation, reply)
+            self._chosen(conversation, reply)
 
     def _fenced(self, conversation: Conversation, reply: Message, fence: Message) -> None:
         if conversation.restoring:
-            self._done(conversation, reply if self._agent.ready else fence)  # not ready: it died meanwhile
+            self._chosen(conversation, reply if self._agent.ready else fence)  # not ready: it died meanwhile
 
     def _anew(self, conversation: Conversation) -> None:
         conversation.quiet = False
@@ -108,12 +126,34 @@ class Restorer:
         result = reply.get("result")
         if isinstance(result, dict) and is_session_id(result.get("sessionId")):
             self._conversations.rename(conversation, result["sessionId"])
-            self._done(conversation, reply)
-            self._on_lost(conversation)
+            self._chosen(conversation, reply)
+            if not conversation.blank:
+                self._on_lost(conversation)
         elif "error" in reply:
             self._done(conversation, reply)
         else:
             self._done(conversation, failed("the agent made no session"))
+
+    def _chosen(self, conversation: Conversation, reply: Message) -> None:
+        """Chooses mode, model and options again, where the agent has begun with its own; then it is done."""
+        asked: list[choices.Choice] = []
+        if "error" not in reply:
+            conversation.take_extras(reply.get("result"))
+            asked = choices.again(conversation.chosen, conversation.extras)
+        left = len(asked)
+
+        def answered(choice: choices.Choice, answer: Message) -> None:
+            nonlocal left
+            left -= 1
+            choices.follow(conversation, choice, answer)
+            if not left and conversation.restoring:
+                self._done(conversation, {"result": None} if self._agent.ready else answer)
+
+        for choice in asked:
+            params = {"sessionId": conversation.agent_id, **choice.params}
+            self._agent.call(choice.method, params, partial(answered, choice))
+        if not asked:
+            self._done(conversation, reply)
 
     def _done(self, conversation: Conversation, reply: Message) -> None:
         conversation.restoring = conversation.refreshing = conversation.quiet = False

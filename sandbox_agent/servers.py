@@ -109,6 +109,11 @@ class McpServers:
         agents that follow its changes."""
         return self._versions._replace(muxed=0) if self._agent.live_mcp else self._versions
 
+    @property
+    def version(self) -> int:
+        """Goes up when what is behind the multiplexer is other servers."""
+        return self._versions.muxed
+
     def stale(self, opened: Opened) -> str:
         """When a conversation that was opened so gets what is configured now: empty (it has it), next_turn or
         next_session."""

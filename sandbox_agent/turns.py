@@ -17,7 +17,7 @@ from sandbox_agent.restorer import Restorer
 from sandbox_agent.servers import McpServers
 
 TOOLS_S = 5.0
-"""How long the first prompt of a conversation waits for MCP servers to list their tools."""
+"""How long the first prompt of a conversation, or after a change of MCP servers, waits for their tools."""
 MAX_WAITERS = 128
 """Requests that may wait for one turn's answer."""
 DISK_FULL = jsonrpc.error(
@@ -151,15 +151,16 @@ class Turns:
             self._abandon(turn)
             return
         self._conversations.prompt_started(turn)
-        turn.conversation.quiet = turn.conversation.fresh = False
+        turn.conversation.quiet = turn.conversation.blank = False
+        turn.conversation.tools = self._servers.version
         params = {**jsonrpc.without_cortex(turn.params), "sessionId": turn.conversation.agent_id}
         turn.params = {}
         call = self._agent.call("session/prompt", params, lambda reply: self._finish(turn, reply), deadline=False)
         turn.call = call or -1
 
     def _waits_for_tools(self, turn: Turn) -> bool:
-        """So that the user's tools are in the agent's first request; ``kick`` comes when they are there."""
-        if not turn.conversation.fresh or self._servers.settled or turn.impatient:
+        """So that the user's tools are in the agent's next request; ``kick`` comes when they are there."""
+        if turn.conversation.tools == self._servers.version or self._servers.settled or turn.impatient:
             return False
         if not turn.waits:
             turn.waits = True

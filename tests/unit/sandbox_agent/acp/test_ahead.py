@@ -391,7 +391,7 @@ async def test_a_change_does_not_take_it_from_a_client_that_waits(bench: Bench) 
     bench.agent.answer("session/new", {"sessionId": "s1"})
     assert (await peer.answer_to(request))["result"]["sessionId"] == "s1"
     await bench.prompt(peer, "s1")
-    assert (await bench.agent.asked("session/load"))["params"]["mcpServers"] == [Mux.ENTRY]
+    assert (await bench.agent.asked("session/new", 2))["params"]["mcpServers"] == [Mux.ENTRY]
 
 
 async def test_when_it_is_not_wanted_any_more_it_is_closed(bench: Bench) -> None:
