@@ -251,6 +251,6 @@ def alike(value: Any) -> str:
     """JSON without what differs from start to start: ids, hashes, times."""
     text = json.dumps(value, indent=1, sort_keys=True)
     text = re.sub(
-        r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{64}|cch=[0-9a-f]+", "ID", text
+        r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{64}|cch=[0-9a-f]+|ses_\w+", "ID", text
     )
     return re.sub(r"\d{4}-\d\d-\d\d[T ][0-9:.]+Z?|\b1[78]\d{11}\b", "TIME", text)
