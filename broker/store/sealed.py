@@ -14,6 +14,7 @@ import hmac
 import os
 import struct
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -39,7 +40,7 @@ class Key:
 
     secret: bytes = field(repr=False)
 
-    @property
+    @cached_property
     def id(self) -> bytes:
         """Four bytes that may be shown."""
         return hmac.digest(self.secret, b"cortex vault key id", hashlib.sha256)[:ID_BYTES]

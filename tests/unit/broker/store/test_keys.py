@@ -3,10 +3,13 @@ from __future__ import annotations
 import base64
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broker.errors import Code, CortexError
 from broker.store.keys import MAX_KEYS, KeyFile, new_key
@@ -80,6 +83,27 @@ def test_a_file_that_is_damaged_or_cut_is_refused_and_stays_as_it_is(tmp_path: P
     assert path.read_bytes() == text
     for word in text.split():
         assert len(word) < 20 or word.decode(errors="replace") not in str(caught.value)
+
+
+@given(st.lists(st.binary(max_size=60) | st.binary(min_size=32, max_size=32).map(base64.b64encode), max_size=20))
+def test_any_file_is_keys_or_refused(lines: list[bytes]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "k")
+        path.write_bytes(b"\n".join(lines))
+        path.chmod(0o600)
+        found = outcome(KeyFile(path))
+        if isinstance(found, Keyring):
+            assert 1 <= len(found.keys) <= MAX_KEYS
+            assert all(base64.b64encode(key.secret) in path.read_bytes() for key in found.keys)
+        else:
+            assert found is Code.VAULT_KEY
+
+
+def outcome(file: KeyFile) -> Keyring | Code | None:
+    try:
+        return file.read()
+    except CortexError as error:
+        return error.code
 
 
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
