@@ -62,6 +62,7 @@ class Idling:
         self._turns = -1
         self._open_turns = 0
         self._kept: tuple[float, float] = (-inf, 0.0)
+        self._was_at_work = False
         self._roused_at = self._kept_until = self._not_before = -inf
         self._timer: asyncio.TimerHandle | None = None
         self._due = inf
@@ -136,9 +137,10 @@ class Idling:
         settings, now = self._config().idle, self._steady()
         if self._life.state not in ("ready", "paused") or now < self._not_before:
             return Look(Action.STAY, self._not_before if now < self._not_before else None)
+        self._was_at_work = self._at_work()
         facts = Facts(
             paused=self._life.state == "paused",
-            at_work=self._at_work(),
+            at_work=self._was_at_work,
             clients=len(self._clients),
             used_at=max(self._used_at, self._clients.spoke_at),
             keep_s=self._keep(),
@@ -169,8 +171,8 @@ class Idling:
             self._set(found.at)
 
     def watch(self) -> None:
-        """What kept it from being looked at may be over: sees to it that the timer is set."""
-        if self._timer is None:
+        """The work that was under way when it was last looked at may be over."""
+        if self._was_at_work or self._timer is None:
             self.look()
 
     def settings_changed(self) -> None:

@@ -219,12 +219,14 @@ class Rig:
         return box
 
     async def passes(self, seconds: float) -> None:
-        """Time in which nothing happens; every session does what is due then."""
+        """Time in which nothing happens; timers that are due by then ring."""
         self.clock.now += seconds
         self.steady.now += seconds
         sessions = list(self.registry._sessions.values())
-        for session in sessions:
-            session._idling.look()
+        for idling in (session._idling for session in sessions):
+            if idling._timer is not None and idling._due <= self.steady.now:
+                idling._timer.cancel()
+                idling._timed()
         await until(lambda: all(one._mailbox.idle and not one._resting._lined_up for one in sessions))
 
     def configure(self, changes: dict[str, Any]) -> None:

@@ -189,21 +189,23 @@ async def test_a_client_that_speaks_is_not_silent() -> None:
 
 
 async def test_a_new_client_is_served_as_on_a_ready_session() -> None:
-    async with rig() as world:
+    async with rig(pool={"idle": {"fallback_keep_s": 5000}}) as world:
         session = await paused(world)
         clients = [Client() for _ in range(20)]
         for client in clients:
             session.attach(client)
             assert client.holding
-        socks = await asyncio.gather(*(session.open_stream(client.attach) for client in clients))
+        first, *others = (session.open_stream(client.attach) for client in clients)
+        socks = [await first, *await asyncio.gather(*others)]
         assert state_of(session) == "ready"
         assert world.calls("resume") == 1
         assert not any(client.holding for client in clients)
         assert await echo(socks[0]) == b"hi"
         for sock in socks:
             sock.close()
-        # Their timer is set, too: what kept it from being set was that they had no stream yet.
-        assert session._idling._timer is not None
+        # The timer was set anew, though when it woke they had no stream yet.
+        await world.passes(900)
+        assert state_of(session) == "paused"
 
 
 async def test_a_create_wakes_it_and_a_configuration_change_does_not() -> None:

@@ -165,22 +165,29 @@ async def test_a_turn_without_a_client_is_not_idle() -> None:
 
 async def test_few_are_put_to_rest_at_once() -> None:
     async with rig() as world:
-        driver, running, most = world.driver.inner, 0, 0
+        driver, running, gate = world.driver.inner, 0, asyncio.Event()
         pause = driver.pause
 
-        async def counted(ref: str) -> None:
-            nonlocal running, most
+        async def slow(ref: str) -> None:
+            nonlocal running
             running += 1
-            most = max(most, running)
-            await asyncio.sleep(0.005)
+            await gate.wait()
             await pause(ref)
-            running -= 1
 
-        driver.pause = counted
+        driver.pause = slow
         sessions = await asyncio.gather(*(world.ready(f"u{number}") for number in range(12)))
-        await world.passes(60)
-        assert {session.state for session in sessions} == {"paused"}
-        assert most == 4
+        resting = asyncio.ensure_future(world.passes(60))
+        await until(lambda: running == 4)
+        others = [session for session in sessions if not session._resting.going]
+        for session in others:
+            # Whoever waits for its turn serves its user meanwhile.
+            client = Client()
+            session.attach(client)
+            (await session.open_stream(client.attach)).close()
+        gate.set()
+        await resting
+        assert running == 4
+        assert sorted(session.state for session in sessions) == ["paused"] * 4 + ["ready"] * 8
 
 
 async def test_a_session_that_leaves_memory_leaves_no_timer() -> None:
