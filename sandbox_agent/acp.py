@@ -305,7 +305,8 @@ class AcpHub:
     @property
     def pending(self) -> int:
         """See ``port.AgentHub``."""
-        return self._agent.open_calls + sum(not client.at_rest for client in self._outbox.clients)
+        clients = sum(not client.at_rest for client in self._outbox.clients)
+        return self._agent.open_calls + clients + self._servers.starting
 
     def _changed(self) -> None:
         self.open_turns, self.turns = self._turns.open, self._turns.accepted

@@ -129,6 +129,11 @@ class McpServers:
         return self._mux.settled and (self._mux.followed or not self._agent.live_mcp)
 
     @property
+    def starting(self) -> bool:
+        """Some have neither listed their tools yet nor failed to."""
+        return self._due or (self._mux is not None and not self._mux.settled)
+
+    @property
     def _muxes(self) -> bool:
         """An agent that takes tools in an open conversation has the multiplexer from the start: they may come later."""
         return bool(self._stdio) or self._agent.live_mcp

@@ -221,8 +221,8 @@ class Status(Message):
     ahead: str = ""
     """The conversation that is opened ahead: empty (none), opening, open, or failed."""
     pending: int = 0
-    """Beside turns: requests that the agent has not answered, clients with messages that wait, in or out. Told in
-    answers to Probe only."""
+    """Beside turns: requests that the agent has not answered, clients with messages that wait, in or out, MCP servers
+    that start. Told in answers to Probe only."""
     pss_bytes: int = 0
     started_ms: float = 0.0
     """From Welcome to the agent process running, milliseconds; 0 until known."""

@@ -44,3 +44,15 @@ async def test_a_client_that_is_behind(bench: Bench) -> None:
     assert bench.hub.pending == 1
     await peer.texts(200)
     await settle(lambda: bench.hub.pending == 0)
+
+
+async def test_mcp_servers_that_start(bench: Bench) -> None:
+    bench.start()
+    await bench.session(bench.connect())
+    bench.hub.set_mcp([{"name": "fs", "command": "/bin/fs", "args": [], "env": []}])
+    assert bench.hub.pending == 1
+    await settle(lambda: bool(bench.muxes))
+    bench.mux.settle(False)
+    assert bench.hub.pending == 1
+    bench.mux.settle()
+    await settle(lambda: bench.hub.pending == 0)
