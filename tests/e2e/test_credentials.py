@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import time
 from pathlib import Path
@@ -77,6 +78,34 @@ async def test_an_expired_token_set_is_renewed_before_the_first_call_and_outlive
         assert len(asked) == 1
         seen = await broker.metric('cortex_credential_refreshes_total{provider="anthropic",result="renewed"}')
         assert seen == 0, "the broker that renewed it was killed; this one had no need to"
+
+
+async def test_a_token_set_that_the_provider_refuses_is_told_to_its_user_and_to_operators(place: Path) -> None:
+    answer = {"error": "invalid_grant"}
+    async with token_endpoint(answer) as (url, asked), probed(place, "process", oauth=url) as (broker, provider):
+        tokens = {"access_token": "at-0", "refresh_token": "rt-0", "expires_at": time.time() - 5}
+        await broker.api("PUT", path("ann"), {"kind": "oauth", "value": tokens})
+        async with cli(broker, provider, "ann") as ann:
+            assert sent(await ann.call())["authorization"] == "Bearer at-0"
+            async with asyncio.timeout(20):
+                while not (warnings := (await broker.api("GET", "/v1/sessions/ann/main"))["warnings"]):
+                    await asyncio.sleep(0.02)
+            assert "400 invalid_grant" in warnings[0]
+            assert "cortex user credential set" in warnings[0]
+            assert "invalid_grant" in (await broker.api("GET", path("ann")))["problem"]
+            refused = 'cortex_credential_refreshes_total{provider="anthropic",result="refused"}'
+            assert await broker.metric(refused) == 1
+            # Whatever is asked of the session now, and of a broker that starts anew: the provider is left alone.
+            await broker.api("PUT", "/v1/users/ann/config/env", {"A": "1"})
+            await broker.kill()
+            await broker.start()
+            await broker.session("ann", "probe")
+            assert len(asked) == 1
+            answer.clear()
+            answer |= {"access_token": "at-1", "expires_in": "3600"}
+            await broker.api("PUT", path("ann"), {"kind": "oauth", "value": tokens})
+            assert (await broker.api("GET", "/v1/sessions/ann/main"))["warnings"] == []
+            assert len(asked) == 2
 
 
 async def test_keys_rotate_while_agents_work(place: Path, driver: str) -> None:
