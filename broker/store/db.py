@@ -12,8 +12,10 @@ import errno
 import fcntl
 import os
 import sqlite3
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +36,10 @@ LOCK_NAME = "broker.lock"
 SAFE_SQLITE = (3, 51, 3)
 MAX_WAITING = 10_000
 """Transactions that may wait for their turn."""
+MAX_BATCH = 64
+"""Of them in one commit."""
+BAD_VALUES = (ValueError, TypeError, OverflowError)
+"""What Python's sqlite3 raises for a parameter that it cannot bind, besides its own errors."""
 
 _COMMON_PRAGMAS = ("busy_timeout = 5000", "mmap_size = 0", "trusted_schema = OFF")
 _WRITER_PRAGMAS = (*_COMMON_PRAGMAS, "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON")
@@ -58,6 +64,25 @@ class Transaction:
         return [tuple(row) for row in await self._connection.execute_fetchall(sql, params)]
 
 
+@dataclass(eq=False)
+class _Waiting:
+    """Statements that are to be one transaction, and who waits for what they changed."""
+
+    statements: tuple[Statement, ...]
+    done: asyncio.Future[list[int]]
+
+    def tell(self, outcome: list[int] | Exception) -> None:
+        """Once; what is told later is dropped."""
+        if self.done.done():
+            return
+        if isinstance(outcome, Exception):
+            self.done.set_exception(outcome)
+            # Its caller may have been cancelled, and does not look at it then.
+            self.done.exception()
+        else:
+            self.done.set_result(outcome)
+
+
 class Database:
     """Made by ``open``; closed by ``close``."""
 
@@ -67,6 +92,8 @@ class Database:
         self._reader = reader
         self._lock_fd = lock_fd
         self._turn = asyncio.Lock()
+        self._waiting: deque[_Waiting] = deque()
+        self._pumping = False
         self._tasks = TaskOwner("store")
         self._closed = False
 
@@ -102,13 +129,60 @@ class Database:
     async def write(self, *statements: Statement) -> list[int]:
         """Runs ``statements`` as one transaction; returns how many rows each changed.
 
-        When it returns they are durable; when it raises, nothing has happened.
+        When it returns they are durable; when it raises, nothing has happened. Cancelling the caller stops nothing.
+        What waits meanwhile shares a commit: it is the sync that takes the time.
         """
+        self._check_open()
+        if len(self._waiting) >= MAX_WAITING:
+            raise _overloaded()
+        STORE_WRITES.inc()
+        mine = _Waiting(statements, asyncio.get_running_loop().create_future())
+        self._waiting.append(mine)
+        if not self._pumping:
+            self._pumping = True
+            self._tasks.start(self._pump(), "writes")
+        return await asyncio.shield(mine.done)
 
-        async def work(transaction: Transaction) -> list[int]:
-            return [await transaction.execute(sql, params) for sql, params in statements]
+    async def _pump(self) -> None:
+        """Carries out what waits, as much as there is at a time."""
+        batch: list[_Waiting] = []
+        try:
+            while self._waiting:
+                async with self._turn:
+                    self._check_open()
+                    batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
+                    await self._carry_out(batch)
+        except CortexError as error:
+            log.debug("writes_refused", error=str(error))
+        finally:
+            self._pumping = False
+            for each in (*batch, *self._waiting):
+                each.tell(_closed())
+            self._waiting.clear()
 
-        return await self.transaction(work)
+    async def _carry_out(self, batch: list[_Waiting]) -> None:
+        try:
+            results = await self._together(batch)
+        except (CortexError, *BAD_VALUES) as error:
+            if len(batch) == 1:
+                batch[0].tell(error)
+                return
+            # It may be the fault of one of them: each on its own.
+            for each in batch:
+                await self._carry_out([each])
+        else:
+            for each, result in zip(batch, results, strict=True):
+                each.tell(result)
+
+    async def _together(self, batch: list[_Waiting]) -> list[list[int]]:
+        async def work(transaction: Transaction) -> list[list[int]]:
+            return [[await transaction.execute(sql, params) for sql, params in each.statements] for each in batch]
+
+        with mapped("write the store"):
+            if len(batch) == 1 and len(batch[0].statements) == 1:
+                # A statement on its own is a transaction.
+                return await work(Transaction(self._writer))
+            return await _in_transaction(self._writer, work)
 
     async def write_returning(self, sql: str, params: Params = ()) -> list[tuple[Any, ...]]:
         """One statement with RETURNING, in a transaction of its own."""
@@ -121,9 +195,7 @@ class Database:
         """
         self._check_open()
         if len(self._tasks) >= MAX_WAITING:
-            raise CortexError(
-                Code.STORE_ERROR, "too many writes wait for the store", hint="the disk is slow; try again later"
-            )
+            raise _overloaded()
         # The task outlives a cancelled caller, who then does not hear of its error.
         task = self._tasks.start(self._transact(work), "transaction", on_error=lambda error: None)
         return await asyncio.shield(task)
@@ -151,7 +223,15 @@ class Database:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise CortexError(Code.STORE_ERROR, "the store is closed", hint="the broker is stopping; try again")
+            raise _closed()
+
+
+def _closed() -> CortexError:
+    return CortexError(Code.STORE_ERROR, "the store is closed", hint="the broker is stopping; try again")
+
+
+def _overloaded() -> CortexError:
+    return CortexError(Code.STORE_ERROR, "too many writes wait for the store", hint="the disk is slow; try again later")
 
 
 async def migrate(connection: aiosqlite.Connection) -> None:

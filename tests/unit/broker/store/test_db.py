@@ -232,3 +232,58 @@ async def test_a_full_disk_refuses_writes_and_heals(small_disk: Path) -> None:
         assert await db.read("SELECT count(*) FROM packages WHERE spec = 'after'") == [(1,)]
     finally:
         await db.close()
+
+
+async def test_writes_that_wait_share_a_commit_and_each_has_its_own_answer(db: Database) -> None:
+    await db.write(("CREATE TABLE t (a INTEGER PRIMARY KEY) STRICT", ()))
+    await db.write(("INSERT INTO t VALUES (7)", ()))
+    commits = 0
+
+    def traced(statement: str) -> None:
+        nonlocal commits
+        commits += statement == "COMMIT"
+
+    await db._writer.set_trace_callback(traced)
+    bad = {3: (7,), 11: ("text",), 20: (2**70,), 30: (object(),)}
+    answers = await asyncio.gather(
+        *(db.write(("INSERT INTO t VALUES (?)", bad.get(number, (number + 100,)))) for number in range(40)),
+        return_exceptions=True,
+    )
+    assert {number for number, answer in enumerate(answers) if answer != [1]} == set(bad)
+    assert isinstance(answers[3], CortexError)
+    assert await db.read("SELECT count(*) FROM t") == [(37,)]
+    commits = 0
+    await asyncio.gather(*(db.write(("INSERT INTO t VALUES (?)", (number,))) for number in range(1000, 1040)))
+    assert commits <= 2
+
+
+async def test_of_several_statements_all_or_none_even_in_a_shared_commit(db: Database) -> None:
+    await db.write(("CREATE TABLE t (a INTEGER PRIMARY KEY) STRICT", ()))
+    insert = "INSERT INTO t VALUES (?)"
+    answers = await asyncio.gather(
+        db.write((insert, (1,)), (insert, (2,))),
+        db.write((insert, (3,)), (insert, (1,))),
+        db.write((insert, (4,))),
+        return_exceptions=True,
+    )
+    assert [isinstance(answer, CortexError) for answer in answers] == [False, True, False]
+    assert await db.read("SELECT a FROM t ORDER BY a") == [(1,), (2,), (4,)]
+
+
+async def test_a_cancelled_caller_keeps_nobody_else_from_their_answer(db: Database) -> None:
+    await db.write(("CREATE TABLE t (a INTEGER PRIMARY KEY) STRICT", ()))
+    tasks = [asyncio.ensure_future(db.write(("INSERT INTO t VALUES (?)", (number,)))) for number in range(10)]
+    await asyncio.sleep(0)
+    tasks[4].cancel()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [answer for number, answer in enumerate(answers) if number != 4] == [[1]] * 9
+    assert await db.read("SELECT count(*) FROM t") == [(10,)]
+
+
+async def test_what_still_waits_when_the_store_closes_is_told_so(db: Database) -> None:
+    await db.write(("CREATE TABLE t (a INTEGER PRIMARY KEY) STRICT", ()))
+    tasks = [asyncio.ensure_future(db.write(("INSERT INTO t VALUES (?)", (number,)))) for number in range(200)]
+    await asyncio.sleep(0)
+    await db.close()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(answer == [1] or isinstance(answer, CortexError) for answer in answers)
