@@ -91,11 +91,11 @@ def agents_config(directory: Path, url: str) -> str:
 
 
 @asynccontextmanager
-async def broker_and_stand_in() -> AsyncIterator[tuple[BrokerProcess, StandIn]]:
-    """A broker on the docker driver that knows every shipped agent."""
+async def broker_and_stand_in(more: str = "") -> AsyncIterator[tuple[BrokerProcess, StandIn]]:
+    """A broker on the docker driver that knows every shipped agent. ``more``: tables of its configuration."""
     with short_directory() as directory:
         async with (
             stand_in() as providers,
-            running(directory, "docker", agents_config(directory, providers.url)) as broker,
+            running(directory, "docker", agents_config(directory, providers.url) + more) as broker,
         ):
             yield broker, providers

@@ -132,6 +132,11 @@ class Box:
         self.made = await self.rpc.call("session/new", {"cwd": WORKSPACE, "mcpServers": self.servers})
         return str(self.made.pop("sessionId"))
 
+    async def discard(self, session: str) -> None:
+        """Closes a conversation that nobody wants, as the agent server does: whatever the agent says to that."""
+        with contextlib.suppress(RpcError):
+            await self.rpc.call("session/close", {"sessionId": session})
+
     async def load(self, session: str, method: str = "session/load") -> str:
         """Opens an earlier conversation; what was said in it, where it is said again."""
         begin = len(self.rpc.seen)

@@ -177,6 +177,7 @@ async def claimed_life(
     tweak: Callable[[Box], None] | None = None,
 ) -> Life:
     """A generic warm sandbox gets a user: ``home`` is moved in, or the blank one is theirs. ``LATER`` is said.
+    What was opened ahead is for those whose home is the blank one.
 
     ``warm``: the agent runs before; default as config.toml says. ``earlier``: a conversation to be opened too.
     ``tweak``: something to be done to the sandbox before its agent starts.
@@ -186,16 +187,20 @@ async def claimed_life(
         if tweak is not None:
             tweak(box)
         life = Life(root / uuid.uuid4().hex)
-        ahead = home is None and cli.shipped.open_ahead in ("new", "any")
+        ahead = ""
         if warm:
             await cli.start(box)
-            life.session = await box.new() if ahead else ""
+            if cli.shipped.open_ahead in ("new", "any"):
+                ahead = await box.new()
             await box.frozen()
         life.unclaimed = list(box.gate.asked)
         if home is None:
             box.stay()
+            life.session = ahead
         else:
             box.move_in(copy_home(home, root / uuid.uuid4().hex))
+            if ahead:
+                await box.discard(ahead)
         if not warm:
             await cli.start(box)
         life.session = life.session or await box.new()

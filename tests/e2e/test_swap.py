@@ -83,7 +83,7 @@ async def test_these_are_the_decisions() -> None:
         "claude": ("agent", "own", True),
         "codex": ("agent", "new", False),
         "codex-raw": ("server", "own", False),
-        "gemini": ("agent", "new", True),
+        "gemini": ("agent", "own", True),
         "opencode": ("server", "new", True),
     }
 
