@@ -171,6 +171,9 @@ class BringUp:
 
     async def _run(self, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
         first = cached or await self._assemble(None)
+        if self.timeline.intent == "forecast":
+            # What may come to nothing takes nothing from those who are here.
+            return await self._start(first, incarnation, generation, cached)
         return await self._warm(first, generation, cached) or await self._cold(first, incarnation, generation, cached)
 
     async def _warm(self, first: Assembled, generation: int, cached: Assembled | None) -> Prepared | None:
@@ -227,7 +230,8 @@ class BringUp:
     async def _cold(self, first: Assembled, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
         with self.pool.yielding():
             latest = await self._start(first, incarnation, generation, cached)
-        POOL_CLAIMS.labels("cold", "hit").inc()
+        if not self.timeline.intent:
+            POOL_CLAIMS.labels("cold", "hit").inc()
         return latest
 
     async def _start(self, first: Assembled, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:

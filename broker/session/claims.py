@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from broker.metrics import POOL_CLAIMS
 from broker.session.attempts import Attempts
-from broker.session.timeline import USER_WARM, Timeline
+from broker.session.timeline import USER_WARM, Intent, Timeline
 
 
 class Claims:
-    """``asked``: somebody has asked since the session was made ready ahead, or since its last client left.
+    """``asked``: somebody has asked since the session was made ready ahead, or since its last client left. ``intent``:
+    why it is made ready ahead.
 
     A claim of a session that has to be woken first is open until it is known how that went.
     """
 
     def __init__(self, driver: str, attempts: Attempts) -> None:
         self.asked = False
+        self.intent: Intent = ""
         self._driver = driver
         self._attempts = attempts
         self._open: Timeline | None = None

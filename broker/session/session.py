@@ -244,6 +244,7 @@ class Session:
         if announced:
             self._runtime.activity.note(self.user, self._clock(), "intent")
         if wants_bringup(self._life.state):
+            self._claims.intent = "announced" if announced else "forecast"
             self._claims.asked = self._waking or bool(self._clients)
             self._rouse()
         elif announced:
@@ -315,7 +316,7 @@ class Session:
         finally:
             self._waking = False
             self._life.told()
-        timeline = Timeline(self._runtime.driver.name, intent=not self._claims.asked)
+        timeline = Timeline(self._runtime.driver.name, intent="" if self._claims.asked else self._claims.intent)
         self._attempt(timeline, lambda bringup: self._start(bringup, incarnation))
         # What runs is told by the sandbox's own row, so the bring-up need not wait for this one.
         await self._life.save(state="starting", reason="", incarnation=incarnation)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from broker.metrics import BRINGUP, BRINGUP_STAGE
 
@@ -16,15 +16,17 @@ ADOPTED = "adopted"
 USER_WARM = "user_warm"
 """The path of a session that was up when somebody asked for it."""
 
+Intent = Literal["", "announced", "forecast"]
+"""Why it was begun though nobody waits: somebody is said to come, or will by their pattern. Empty: somebody waits."""
+
 
 @dataclass
 class Timeline:
-    """One bring-up. ``path``: cold, generic_warm, ``USER_WARM`` or ``ADOPTED``; ``intent``: somebody is expected,
-    nobody waits. Times are monotonic seconds."""
+    """One bring-up. ``path``: cold, generic_warm, ``USER_WARM`` or ``ADOPTED``. Times are monotonic seconds."""
 
     driver: str
     path: str = "cold"
-    intent: bool = False
+    intent: Intent = ""
     clock: Callable[[], float] = time.monotonic
     wall: float = field(default_factory=time.time)
     begin: float = field(init=False)

@@ -130,7 +130,8 @@ async def test_intent_has_it_awake_and_waiting(shared: BrokerProcess) -> None:
         await turn(agent, session.session_id, "hello from fay")
     assert "fay" in client.text
     bringups = (await shared.api("GET", "/v1/sessions/fay/main/timeline"))["bringups"]
-    assert (bringups[-1]["path"], bringups[-1]["intent"]) != ("user_warm", True)
+    assert (bringups[-1]["path"], bringups[-1]["intent"]) == ("cold", "announced")
+    assert bringups[0]["path"] == "user_warm"
 
 
 async def test_many_wakes_lose_nothing(shared: BrokerProcess) -> None:

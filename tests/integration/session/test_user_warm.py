@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from broker.errors import Code, CortexError
-from broker.metrics import BRINGUP, IDLE_SECONDS
+from broker.metrics import BRINGUP, IDLE_SECONDS, POOL_CLAIMS
 from tests.integration.session.resting import DAY, attached, box_of, claims, paused, state_of
 from tests.integration.session.rig import Client, counters, rig, until
 
@@ -23,7 +23,7 @@ async def test_what_intent_brought_up_is_claimed_by_the_first_who_asks() -> None
         await until(lambda: session.state == "ready")
         assert session.warm
         assert session.view()["warm"] is True
-        assert session.timeline()[0]["intent"] is True
+        assert session.timeline()[0]["intent"] == "announced"
         assert claims() == before, "nobody has asked yet"
         assert world.registry.warm() == [("demo", "hot")]
         await world.registry.create("ann", "main", None)
@@ -72,7 +72,7 @@ async def test_what_a_request_starts_is_cold_whoever_is_expected() -> None:
         await session.wait_ready()
         await attached(world, session)
         assert claims() == before
-        assert [(entry["path"], entry["intent"]) for entry in session.timeline()] == [("cold", False)]
+        assert [(entry["path"], entry["intent"]) for entry in session.timeline()] == [("cold", "")]
 
 
 async def test_who_is_expected_and_does_not_come_costs_a_while_only() -> None:
@@ -105,6 +105,26 @@ async def test_who_is_announced_finds_it_awake_and_fresh() -> None:
         assembled = session._configuration.assembled_at
         await world.registry.prewarm("ann", "main", announced=True)
         await until(lambda: session._configuration.assembled_at > assembled)
+
+
+async def test_a_forecast_takes_nothing_from_the_pool() -> None:
+    def cold() -> float:
+        return float(POOL_CLAIMS.labels("cold", "hit")._value.get())
+
+    async with rig() as world:
+        await (await world.ready()).stop()
+        await (await world.ready("bob")).stop()
+        await world.warm()
+        before = cold(), world.pool.cold
+        for user, announced, left in (("ann", False, 1), ("bob", True, 0)):
+            session = await world.registry.prewarm(user, "main", announced=announced)
+            await until(lambda session=session: session.state == "ready")  # type: ignore[misc]
+            assert len(world.pool.boxes) == left
+            newest = session.timeline()[0]
+            assert (newest["path"], newest["intent"]) == (
+                ("generic_warm", "announced") if announced else ("cold", "forecast")
+            )
+        assert (cold(), world.pool.cold) == before
 
 
 async def test_intent_makes_a_session_only_where_it_is_told_to() -> None:

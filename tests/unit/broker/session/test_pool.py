@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
-from broker.metrics import POOL_BREAKER, POOL_REFILLS, POOL_SIZE, POOL_TARGET, REGISTRY
+from broker.metrics import IDLE_SECONDS, POOL_BREAKER, POOL_REFILLS, POOL_SIZE, POOL_TARGET, REGISTRY
 from broker.sandbox.reconcile import Adopted
 from broker.session.pool import TICK_S, YIELD_S
 from sandbox_agent.wire.messages import Status
@@ -667,7 +667,8 @@ def test_the_view_adds_up() -> None:
         assert 1.9 < agent["idle_hours"] <= 2.0
         cost = told["cost"]
         assert (cost["per_sandbox_hour"], cost["idle_now_per_hour"]) == (0.5, 2.0)
-        assert cost["idle_since_start"] == pytest.approx(1.0, abs=0.01)
+        users = sum(IDLE_SECONDS.labels(state)._value.get() for state in ("ready", "paused")) / 3600 * 0.5
+        assert cost["idle_since_start"] == pytest.approx(1.0 + users, abs=0.01)
 
     play(scene, cost_per_hour=0.5)
 
