@@ -93,7 +93,8 @@ async def test_a_directory_that_goes_is_seen_and_another_can_take_its_place(tmp_
     inner.rename(tmp_path / "aside")
     inner.mkdir()
     it.watch.set(wanted)
-    assert len(it.watch._names) == 1, "the one that was moved is no longer watched"
+    held = Path(f"/proc/self/fdinfo/{it.watch._fd}").read_text().count("inotify wd")
+    assert held == len(it.watch._names) == 1, "the one that was moved is no longer watched"
     (inner / "key").write_text("")
     await it.seen()
     it.watch.close()
