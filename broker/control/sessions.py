@@ -9,6 +9,7 @@ from broker.control import schema
 from broker.control.requests import answer, body, query, user_of, workspace_of
 from broker.control.routes import Control, control
 from broker.errors import Code, CortexError
+from broker.host.tasks import both
 from broker.session.port import SessionPort
 
 
@@ -44,9 +45,8 @@ async def create(request: web.Request) -> web.Response:
     context = control(request)
     wanted = await body(request, schema.CreateSession)
     session, created = await context.registry.create(wanted.user, wanted.workspace, wanted.agent)
-    if wanted.wait == "ready":
-        await session.wait_ready()
-    minted = await context.access.mint(session.user, session.workspace)
+    mint = context.access.mint(session.user, session.workspace)
+    minted = (await both(mint, session.wait_ready()))[0] if wanted.wait == "ready" else await mint
     return answer(attachable(context, session, minted), 201 if created else 200)
 
 
