@@ -254,13 +254,15 @@ async def steps(directory: Path, kill_at: int) -> list[str]:
     assert process.stdin is not None
     assert process.stdout is not None
     said: list[str] = []
-    async with asyncio.timeout(30):
-        while len(said) < kill_at and (line := (await process.stdout.readline()).decode()):
-            # Logs come here too.
-            if line.startswith(STEP):
-                said.append(line.removeprefix(STEP).strip())
-                if len(said) < kill_at:
-                    process.stdin.write(b"\n")
+    try:
+        async with asyncio.timeout(30):
+            while len(said) < kill_at and (line := (await process.stdout.readline()).decode()):
+                # Logs come here too.
+                if line.startswith(STEP):
+                    said.append(line.removeprefix(STEP).strip())
+                    if len(said) < kill_at:
+                        process.stdin.write(b"\n")
+    finally:
         process.kill()
         await process.wait()
     return said
