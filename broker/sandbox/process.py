@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
@@ -356,27 +357,37 @@ class ProcessDriver:
         await asyncio.to_thread(self._freeze, box)
 
     def _freeze(self, box: _Box) -> None:
+        # Noted before, and until after it is thawed: a broker that is killed on the way leaves one that
+        # the next resumes, never one that stands still though it counts as running.
+        self._note_stage(box, "paused")
         init = box.record.init
         if init is None or not procfs.freeze(init.pid, FREEZE_TIMEOUT_S):
             if init is not None:
                 procfs.thaw(init.pid)
+            self._note_stage(box, "running")
             raise CortexError(
                 Code.ENGINE_TIMEOUT,
                 f"sandbox {box.record.ref} did not stop within {FREEZE_TIMEOUT_S:g} s",
                 hint="It is thawed again; a process of it hangs in the kernel, or it forks without end.",
             )
-        box.record = replace(box.record, stage="paused")
-        self._records.save(box.record)
+
+    def _note_stage(self, box: _Box, stage: Literal["paused", "running"]) -> None:
+        if box.record.stage in ("paused", "running"):
+            record = replace(box.record, stage=stage)
+            self._records.save(record)
+            box.record = record
 
     async def resume(self, ref: str) -> None:
         SANDBOX_CALLS.labels("process", "resume").inc()
         await asyncio.to_thread(self._thaw, self._running(ref))
 
     def _thaw(self, box: _Box) -> None:
-        box.record = replace(box.record, stage="running")
-        self._records.save(box.record)
         if box.record.init is not None and box.alive:
             procfs.thaw(box.record.init.pid)
+        try:
+            self._note_stage(box, "running")
+        except CortexError:  # a full disk: the next broker resumes what runs, which is no harm
+            box.record = replace(box.record, stage="running")
 
     async def stop(self, ref: str, grace_s: float) -> None:
         SANDBOX_CALLS.labels("process", "stop").inc()

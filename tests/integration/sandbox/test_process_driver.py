@@ -9,14 +9,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from broker.config import ProcessConfig
 from broker.errors import Code, CortexError
 from broker.host.tasks import TaskOwner
+from broker.sandbox import procfs
 from broker.sandbox.process import ProcessDriver
 from broker.sandbox.process_records import Record, Records
 from tests.integration.sandbox.kinds import bwrap_missing
@@ -117,6 +120,54 @@ def _mentions(path: Path, word: bytes) -> bool:
     with suppress(OSError):
         return word in path.read_bytes()
     return False
+
+
+@pytest.mark.parametrize("world", ["process"], indirect=True)
+async def test_a_broker_that_dies_while_it_pauses_or_resumes_leaves_none_that_stands_still_unknown(
+    world: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref, _, _ = await world.up()
+    (noted,) = (world.base / "state" / "process").glob("*.json")
+    stages: list[str] = []
+
+    def look(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            stages.append(json.loads(noted.read_text())["stage"])
+            result = real(*arguments)
+            stages.append(json.loads(noted.read_text())["stage"])
+            return result
+
+        return call
+
+    monkeypatch.setattr(procfs, "freeze", look(procfs.freeze))
+    monkeypatch.setattr(procfs, "thaw", look(procfs.thaw))
+    await world.driver.pause(ref)
+    await world.driver.resume(ref)
+    assert stages == ["paused"] * 4
+    assert json.loads(noted.read_text())["stage"] == "running"
+
+
+@pytest.mark.parametrize("world", ["process"], indirect=True)
+async def test_a_pause_that_cannot_be_noted_does_not_happen_and_a_resume_does(
+    world: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref, _, peer = await world.up()
+    save = Records.save
+
+    def full(self: Records, record: Record) -> None:
+        raise CortexError(Code.DISK_FULL, "the disk is full", hint="make room")
+
+    monkeypatch.setattr(Records, "save", full)
+    with pytest.raises(CortexError, match="disk is full"):
+        await world.driver.pause(ref)
+    assert await peer.run("result = 1") == 1
+    assert await world.driver.inspect(ref) == "running"
+    monkeypatch.setattr(Records, "save", save)
+    await world.driver.pause(ref)
+    monkeypatch.setattr(Records, "save", full)
+    await world.driver.resume(ref)
+    assert await peer.run("result = 2") == 2
+    assert await world.driver.inspect(ref) == "running"
 
 
 @pytest.mark.parametrize("world", ["process"], indirect=True)
