@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 WORD_PAUSE_S = 0.01
 SLOW_PAUSE_S = 0.05
@@ -300,17 +300,20 @@ def _model(session: Session, text: str) -> Iterator[str]:
     message = {"role": "user", "content": text}
     asked = {"model": "demo", "max_tokens": 1024, "stream": True, "messages": [message]}
     body = json.dumps(asked).encode()
-    head = f"POST /{path}/v1/messages HTTP/1.0\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
-    head += "Content-Type: application/json\r\nanthropic-version: 2023-06-01\r\n\r\n"
+    head = f"POST /{path}/v1/messages HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\nanthropic-version: 2023-06-01\r\nConnection: close\r\n\r\n"
     try:
         with socket.create_connection((name, int(port or 80)), timeout=COMMAND_TIMEOUT_S) as sock:
             sock.sendall(head.encode() + body)
             with sock.makefile("rb") as answer:
                 status = answer.readline().decode(errors="replace").strip()
+                chunked = False
+                while (field := answer.readline().strip().lower()) != b"":
+                    chunked = chunked or (field.startswith(b"transfer-encoding:") and b"chunked" in field)
                 if " 200 " not in f"{status} ":
                     yield f"The model's answer was {status}: {answer.read(OUTPUT_LIMIT).decode(errors='replace')}"
                     return
-                for line in answer:
+                for line in _lines(answer, chunked):
                     if session.cancel.is_set():
                         raise Cancelled
                     event = json.loads(line[5:]) if line.startswith(b"data:") else {}
@@ -318,6 +321,19 @@ def _model(session: Session, text: str) -> Iterator[str]:
                         yield str(event.get("delta", {}).get("text", ""))
     except (OSError, ValueError) as error:
         yield f"The model cannot be asked: {error}"
+
+
+def _lines(answer: BinaryIO, chunked: bool) -> Iterator[bytes]:
+    """The lines of an HTTP body (RFC 9112 section 7.1), each as soon as it is whole."""
+    if not chunked:
+        yield from answer
+        return
+    line = b""
+    while size := int(answer.readline().partition(b";")[0] or b"0", 16):
+        *whole, line = (line + answer.read(size)).split(b"\n")
+        yield from whole
+        answer.readline()
+    yield line
 
 
 def _shell(command: str, session: Session) -> tuple[int, str]:

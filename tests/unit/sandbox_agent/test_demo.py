@@ -195,21 +195,38 @@ def test_errors_are_json_rpc_errors_and_garbage_is_passed_over(agent: Agent, tmp
 
 
 class Model(http.server.BaseHTTPRequestHandler):
-    """Streams what it was asked, as Anthropic's API does, and keeps the connection open."""
+    """Streams what it was asked, as Anthropic's API does, in chunks that end anywhere."""
+
+    protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(200 if asked["messages"][0]["content"] != "no" else 529, "overloaded")
+        text = asked["messages"][0]["content"]
+        self.send_response(200 if text != "no" else 529, "overloaded")
+        chunked = text != "plain"
+        if chunked:
+            self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for word in ("you", " asked ", asked["messages"][0]["content"]):
+        body = b""
+        for word in ("you", " asked ", text):
             delta = {"type": "content_block_delta", "delta": {"type": "text_delta", "text": word}}
-            self.wfile.write(f"event: content_block_delta\ndata: {json.dumps(delta)}\n\n".encode())
+            body += f"event: content_block_delta\ndata: {json.dumps(delta)}\n\n".encode()
+        if chunked:
+            for at in range(0, len(body), 7):
+                piece = body[at : at + 7]
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            body = b"0\r\n\r\n"
+        self.wfile.write(body)
+        self.close_connection = True
 
     def log_message(self, *args: object) -> None:
         return
 
 
-@pytest.mark.parametrize(("text", "answer"), [("why", "you asked why"), ("no", "The model's answer was HTTP/1.0 529")])
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("why", "you asked why"), ("plain", "you asked plain"), ("no", "The model's answer was HTTP/1.1 529")],
+)
 def test_it_asks_a_model_where_it_is_told_of_one(tmp_path: Path, text: str, answer: str) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Model) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
