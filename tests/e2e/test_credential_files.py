@@ -177,3 +177,23 @@ async def test_a_sandbox_that_is_killed_leaves_no_credential_behind(isolated: Br
     assert on_disk(isolated.directory) == ""
     async with shell(isolated, "dan") as again:
         await again.holds("2")
+
+
+async def test_a_claimed_sandbox_has_the_credential_in_the_home_that_was_moved_in(place: Path, driver: str) -> None:
+    if driver == "process" and process_config():
+        pytest.skip("no bubblewrap here: there is no vault without isolation")
+    async with running(place, driver, CONFIG + "[pool.agents.cli]\ntarget = 1\nhot = 1\n") as broker:
+        await store(broker, "ann", "1")
+        for value, kept in (("1", "2"), ("2", "3")):
+            async with asyncio.timeout(60):
+                while await broker.metric('cortex_pool_size{agent="cli",kind="generic",state="hot"}') < 1:
+                    await asyncio.sleep(0.02)
+            async with shell(broker, "ann") as main:
+                (bringup, *_) = (await broker.api("GET", "/v1/sessions/ann/main/timeline"))["bringups"]
+                assert bringup["path"] == "generic_warm"
+                await main.holds(value)
+                before = await fingerprint(broker, "ann")
+                await main.run(write(kept))
+                await renewed(broker, "ann", before)
+            await broker.api("POST", "/v1/sessions/ann/main/stop")
+            assert on_disk(broker.directory) == ""
