@@ -19,6 +19,7 @@ from broker.sandbox.docker import DockerDriver, names_registry
 from broker.sandbox.driver import SandboxDriver, SandboxSpec
 from tests.integration.sandbox.kinds import DOCKER, IMAGE, docker_missing
 from tests.integration.sandbox.rig import Rig
+from tests.integration.sandbox.way import Way
 
 SPEC = SandboxSpec("a", 1, Path("/s"), Path("/v"), Path("/p"), 64321)
 
@@ -229,7 +230,7 @@ async def test_image_and_runtime_missing(monkeypatch: pytest.MonkeyPatch) -> Non
 async def test_a_wait_outlasts_an_engine_that_is_away(world: Rig, tmp_path: Path, monkeypatch: Any) -> None:
     """The way to the engine is cut and comes back: the end of a sandbox in between is learned."""
     ref, _, _ = await world.up()
-    way = _Way(tmp_path / "way.sock")
+    way = Way(tmp_path / "way.sock")
     await way.open()
     monkeypatch.setenv("DOCKER_HOST", f"unix://{way.path}")
     driver = world.another()
@@ -256,36 +257,3 @@ async def test_a_cancelled_create_leaves_nothing(world: Rig) -> None:
         while len(world.tasks) > 1:  # all but the event stream
             await asyncio.sleep(0.01)
     assert await world.driver.list() == []
-
-
-class _Way:
-    """Passes bytes to the real engine."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._server: asyncio.Server | None = None
-        self._open: set[asyncio.StreamWriter] = set()
-
-    async def open(self) -> None:
-        self._server = await asyncio.start_unix_server(self._pass, self.path)
-
-    def cut(self) -> None:
-        assert self._server is not None
-        self._server.close()
-        self.path.unlink(missing_ok=True)
-        for writer in self._open:
-            writer.transport.abort()
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_unix_connection("/var/run/docker.sock")
-        self._open |= {writer, back}
-
-        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-            try:
-                while data := await source.read(65536):
-                    target.write(data)
-            except OSError:
-                pass
-            target.transport.abort()
-
-        await asyncio.gather(pump(reader, back), pump(there, writer))
