@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from broker.config import DEMO_AGENT, Config, OAuthConfig, ProviderConfig
+from broker.config import DEMO_AGENT, Config, OAuthConfig, PoolAgentConfig, PoolConfig, ProviderConfig
 from broker.session.sections import default_problems
 from broker.settings import load
 
@@ -64,6 +64,26 @@ def test_every_key_stands_there_with_its_default_and_its_description(table: str,
         assert off == (value is None), f"{table}.{key}"
         if not off:
             assert document[key] == (list(value) if isinstance(value, tuple) else value), f"{table}.{key}"
+
+
+def test_the_pool_of_an_agent_is_shown_whole_though_it_is_commented_out() -> None:
+    start = LINES.index("#[pool.agents.demo]")
+    end = next(at for at in range(start, len(LINES)) if not LINES[at].startswith("#"))
+    comments: dict[str, str] = {}
+    said: list[str] = []
+    for line in LINES[start + 1 : end]:
+        if line.startswith("# "):
+            said.append(line.removeprefix("# "))
+        else:
+            comments[line.removeprefix("#").partition(" = ")[0]] = " ".join(said)
+            said.clear()
+    assert not said
+    assert comments == {name: field.description for name, field in PoolAgentConfig.model_fields.items()}
+    assert LINES[start - 1] == f"# {PoolConfig.model_fields['agents'].description}"
+    text = "\n".join(line[1:] for line in LINES[start:end] if not line.startswith("# "))
+    written = Config.model_validate(tomllib.loads(text)).pool.agents["demo"]
+    assert written == PoolAgentConfig()
+    assert written.model_fields_set == set(PoolAgentConfig.model_fields)
 
 
 def test_it_loads_and_changes_no_default() -> None:
