@@ -9,7 +9,7 @@ from broker.session.timeline import USER_WARM, Intent, Timeline
 
 class Claims:
     """``asked``: somebody has asked since the session was made ready ahead, or since its last client left. ``intent``:
-    why it is made ready ahead.
+    why it was made ready ahead, if it was.
 
     A claim of a session that has to be woken first is open until it is known how that went.
     """
@@ -20,6 +20,12 @@ class Claims:
         self._driver = driver
         self._attempts = attempts
         self._open: Timeline | None = None
+
+    def begun(self) -> Intent:
+        """A bring-up begins; why, if nobody has asked."""
+        if self.asked:
+            self.intent = ""
+        return self.intent
 
     def ask(self, *, warm: bool, serving: bool) -> None:
         """A request: a create, a hook, a client, a prompt over HTTP."""

@@ -316,7 +316,7 @@ class Session:
         finally:
             self._waking = False
             self._life.told()
-        timeline = Timeline(self._runtime.driver.name, intent="" if self._claims.asked else self._claims.intent)
+        timeline = Timeline(self._runtime.driver.name, intent=self._claims.begun())
         self._attempt(timeline, lambda bringup: self._start(bringup, incarnation))
         # What runs is told by the sandbox's own row, so the bring-up need not wait for this one.
         await self._life.save(state="starting", reason="", incarnation=incarnation)
@@ -446,6 +446,7 @@ class Session:
             "reason": "" if self._waking else self._life.reason,
             "clients": len(self._clients),
             "warm": self.warm,
+            "intent": self._claims.intent,
             "idle": self._idling.view(),
             "generation": self._configuration.generation,
             "permission_policy": assembled.config.settings.permission_policy if assembled else "ask",

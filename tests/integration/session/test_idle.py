@@ -137,6 +137,25 @@ async def test_what_began_just_now_is_found_before_a_pause(what: str) -> None:
         assert state_of(session) == "paused"
 
 
+async def test_what_was_still_on_its_way_is_found_by_the_second_question() -> None:
+    async with rig() as world:
+        session = await world.ready()
+        client = await attached(world, session)
+        link, asked = box_of(session).link, 0
+        probe = link.probe
+
+        async def late(*, timeout: float = 5.0) -> Any:
+            nonlocal asked
+            asked += session._resting.going
+            world.box.open_turns = int(asked == 2)
+            return await probe(timeout=timeout)
+
+        link.probe = late  # type: ignore[method-assign]
+        await world.passes(900)
+        assert state_of(session) == "ready"
+        assert (asked, world.calls("pause"), client.holding) == (2, 0, False)
+
+
 async def test_a_package_install_keeps_it_as_it_is() -> None:
     async with rig() as world:
         gate, build = asyncio.Event(), world.shelf._builder.build
@@ -238,16 +257,22 @@ async def test_a_wake_that_cannot_refresh_serves_what_there_is() -> None:
         assert "refused" in session.view()["warnings"][0]
 
 
-async def test_a_bind_that_hangs_holds_clients_of_a_woken_session_for_a_while_only() -> None:
-    async with rig(session={"bind_hold_s": 0.05, "bind_timeout_s": 5}) as world:
+async def test_sources_that_hang_hold_clients_of_a_woken_session_for_a_while_only() -> None:
+    async with rig(session={"bind_hold_s": 0.05, "config_timeout_s": 60}) as world:
         session = await world.ready()
-        client = await attached(world, session)
+        client, gate = await attached(world, session), asyncio.Event()
         await world.passes(900)
         await world.put("env", {"A": "1"})
-        world.box.script.bind_hangs = True
+
+        async def hangs(user: str, last: Any) -> Any:
+            await gate.wait()
+            return last
+
+        world.runtime.assembler.assemble = hangs  # type: ignore[method-assign]
         client.speak(world.steady())
         await until(lambda: not client.holding)
         assert not session._mailbox.idle
+        gate.set()
 
 
 async def test_probes_stand_still_while_it_is_paused() -> None:
@@ -318,7 +343,8 @@ async def test_whoever_comes_while_it_is_being_paused_is_served() -> None:
         assert not late.holding
 
 
-async def test_whoever_comes_before_the_pause_keeps_it_from_happening() -> None:
+@pytest.mark.parametrize("how", ["speaks", "waits"])
+async def test_whoever_comes_before_the_pause_keeps_it_from_happening(how: str) -> None:
     async with rig() as world:
         session = await world.ready()
         client = await attached(world, session)
@@ -332,9 +358,12 @@ async def test_whoever_comes_before_the_pause_keeps_it_from_happening() -> None:
         link.probe = slow  # type: ignore[method-assign]
         resting = asyncio.ensure_future(world.passes(900))
         await until(lambda: client.holding)
-        client.speak(world.steady())
+        if how == "speaks":
+            client.speak(world.steady())
+        waiting = asyncio.ensure_future(session.wait_ready() if how == "waits" else asyncio.sleep(0))
+        await asyncio.sleep(0)
         gate.set()
-        await resting
+        await asyncio.gather(resting, waiting)
         assert state_of(session) == "ready"
         assert not client.holding
         assert world.calls("pause") == 0
@@ -441,6 +470,18 @@ async def test_the_end_of_a_paused_sandbox_is_noticed() -> None:
         await world.engine.end(world.box.ref)
         await until(lambda: session.state == "stopped")
         await world.assert_at_rest("ann")
+
+
+async def test_whoever_comes_when_a_paused_sandbox_dies_gets_another() -> None:
+    async with rig() as world:
+        session = await paused(world)
+        late = Client()
+        session.on_lost(box_of(session), "it died")
+        session.attach(late)
+        sock = await session.open_stream(late.attach)
+        assert await echo(sock) == b"hi"
+        sock.close()
+        assert late.closed is None
 
 
 async def test_an_operator_stops_a_paused_session() -> None:

@@ -22,7 +22,7 @@ async def test_what_intent_brought_up_is_claimed_by_the_first_who_asks() -> None
         await world.registry.prewarm("ann", "main", announced=True)
         await until(lambda: session.state == "ready")
         assert session.warm
-        assert session.view()["warm"] is True
+        assert (session.view()["warm"], session.view()["intent"]) == (True, "announced")
         assert session.timeline()[0]["intent"] == "announced"
         assert claims() == before, "nobody has asked yet"
         assert world.registry.warm() == [("demo", "hot")]
