@@ -1,8 +1,8 @@
-"""`cortex serve` that ends by SIGKILL at one step of what it does to homes, rows, gateway and sandboxes.
+"""`cortex serve` that ends, or stands still, at one step of what it does to homes, rows, gateway and sandboxes.
 
 A step is the moment before, or after, one of the calls below. Nothing is counted until the file $CRASH_AT is
-there; it holds the number of the step to die at. The names of the steps that were reached are appended to
-$CRASH_AT.steps.
+there; it holds the number of the step to die at, or its name. $CRASH_BY is the signal: KILL, or STOP to stand still
+until SIGCONT. The names of the steps that were reached are appended to $CRASH_AT.steps.
 """
 
 from __future__ import annotations
@@ -32,23 +32,21 @@ CALLS: dict[type, tuple[str, ...]] = {
     DockerDriver: ("pause", "resume", "stop", "remove"),
 }
 
-_reached = 0
-
 
 def step(name: str) -> None:
     """Counts, and dies when it is time."""
-    global _reached
     path = os.environ["CRASH_AT"]
     try:
         with open(path) as file:
-            at = int(file.read())
+            at = file.read()
     except FileNotFoundError:
         return
-    with open(f"{path}.steps", "a") as file:
+    with open(f"{path}.steps", "a+") as file:
+        file.seek(0)
+        reached = file.read().splitlines()
         file.write(f"{name}\n")
-    if _reached == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    _reached += 1
+    if at == str(len(reached)) or (at == name and name not in reached):
+        os.kill(os.getpid(), signal.Signals[f"SIG{os.environ.get('CRASH_BY', 'KILL')}"])
 
 
 def around(call: Callable[..., Any], name: str) -> Callable[..., Any]:

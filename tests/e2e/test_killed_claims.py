@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import pytest
 
 from broker.sandbox.slots import home_key
 from tests.e2e.conftest import process_config
-from tests.e2e.harness import ROOT, BrokerProcess, Client, connected, running, turn
+from tests.e2e.harness import BrokerProcess, Client, connected, running, turn
+from tests.e2e.stepping import Crashing
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -29,56 +29,12 @@ STEPS = 120
 KILLS = int(os.environ.get("CORTEX_TEST_KILLS", "0"))
 
 
-class Crashing(BrokerProcess):
-    """Dies at the step that was asked for."""
-
-    @property
-    def crash_at(self) -> Path:
-        return self.directory / "crash"
-
-    def arm(self, step: int) -> None:
-        draft = self.directory / "crash.new"
-        draft.write_text(str(step))
-        draft.rename(self.crash_at)
-
-    def disarm(self) -> list[str]:
-        """The steps that were reached."""
-        steps = Path(f"{self.crash_at}.steps")
-        reached = steps.read_text().split("\n")[:-1] if steps.exists() else []
-        for path in (self.crash_at, steps):
-            path.unlink(missing_ok=True)
-        return reached
-
-    async def spawn(self) -> asyncio.subprocess.Process:
-        with self.log_path.open("ab") as log:
-            return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tests.e2e.crashing", "serve", "--config", str(self.config_path)),
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-                env={key: value for key, value in os.environ.items() if not key.startswith("CORTEX_")}
-                | self.env
-                | {"CRASH_AT": str(self.crash_at)},
-            )
-
-    async def died(self) -> bool:
-        """Whether it is dead, or dies within the moment that an answer to a killed call takes."""
-        assert self.process is not None
-        try:
-            async with asyncio.timeout(5):
-                await self.process.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    # -- what is on disk -------------------------------------------------------------------------
-
-    def homes(self) -> list[Path]:
-        """Every place where ann's home is."""
-        rest = self.state_dir / "homes" / KEY / "home"
-        slots = (self.state_dir / "slots").iterdir()
-        held = [slot / "vol" / "home" for slot in slots if (slot / f"owner.{KEY}").exists()]
-        return [home for home in (rest, *held) if home.is_dir() and (home / "mine").exists()]
+def homes(broker: BrokerProcess) -> list[Path]:
+    """Every place where ann's home is."""
+    rest = broker.state_dir / "homes" / KEY / "home"
+    slots = (broker.state_dir / "slots").iterdir()
+    held = [slot / "vol" / "home" for slot in slots if (slot / f"owner.{KEY}").exists()]
+    return [home for home in (rest, *held) if home.is_dir() and (home / "mine").exists()]
 
 
 async def say(broker: BrokerProcess, text: str) -> str:
@@ -126,10 +82,10 @@ async def one_kill(broker: Crashing, what: str, at: int, marks: list[str]) -> bo
         await attempt(broker, "POST", "/v1/sessions/ann/main/stop")
     killed = await broker.died()
     reached = broker.disarm()
-    homes = broker.homes()
-    assert len(homes) == 1, (what, at, reached[-3:], homes)
-    if homes[0].parts[-3] == "homes":
-        assert await still(homes[0]), (what, at, reached[-3:])
+    found = homes(broker)
+    assert len(found) == 1, (what, at, reached[-3:], found)
+    if found[0].parts[-3] == "homes":
+        assert await still(found[0]), (what, at, reached[-3:])
     if not killed:
         return False
     await broker.start()
@@ -137,7 +93,7 @@ async def one_kill(broker: Crashing, what: str, at: int, marks: list[str]) -> bo
     told = await say(broker, f"!echo {marks[-1]} >> ~/mine; cat ~/mine; rm -f ~/ticks")
     for mark in marks:
         assert mark in told, (what, at, reached[-3:], told)
-    assert len(broker.homes()) == 1
+    assert len(homes(broker)) == 1
     assert not any((broker.state_dir / "quarantine").iterdir())
     return True
 
