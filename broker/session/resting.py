@@ -31,9 +31,9 @@ log = structlog.get_logger(__name__)
 
 
 class Resting:
-    """``wanted`` says whether somebody has asked for the session and waits; ``rouse`` is called when a client that is
-    held has something to say. ``lane``: of the sessions of a broker few are put to rest at a time, since the engine
-    has users to serve. ``going``: a pause or a stop is under way, so that nobody may use the sandbox."""
+    """``rouse`` is called when a client that is held has something to say. ``lane``: few sessions of a broker are put
+    to rest at a time, since the engine has users to serve. ``going``: a pause or a stop is under way, so that nobody
+    may use the sandbox; whoever asks for it meanwhile is noted by ``idling``."""
 
     def __init__(
         self,
@@ -47,7 +47,6 @@ class Resting:
         mailbox: Mailbox,
         tasks: TaskOwner,
         lane: asyncio.Semaphore,
-        wanted: Callable[[], bool],
         rouse: Callable[[], None],
     ) -> None:
         self.going = False
@@ -61,7 +60,6 @@ class Resting:
         self._tasks = tasks
         self._lane = lane
         self._lined_up = False
-        self._wanted = wanted
         self._rouse = rouse
 
     def soon(self) -> None:
@@ -84,7 +82,7 @@ class Resting:
     async def settle(self) -> None:
         """Does what is due now, if it still is."""
         box = self._custody.box
-        if box is None or self._wanted() or self._idling.action is Action.STAY:
+        if box is None or self._idling.action is Action.STAY:
             return
         self.going = True
         self._clients.rest(self._rouse)
@@ -112,7 +110,7 @@ class Resting:
 
     async def _do(self, box: Sandbox) -> None:
         action = self._idling.action
-        if self._wanted() or action is Action.STAY:
+        if action is Action.STAY:
             return
         if action is Action.PAUSE:
             await self._pause(box)

@@ -109,7 +109,6 @@ class Session:
             mailbox=self._mailbox,
             tasks=self._tasks,
             lane=runtime.resting,
-            wanted=lambda: self._waking,
             rouse=self._spoken,
         )
         self._tasks.start(self._mailbox.run(), "actor")
@@ -208,6 +207,7 @@ class Session:
         """Wakes the session and waits for what comes of it: as long as a bring-up may take, at most."""
         config = self._runtime.config()
         limit = config.session.bringup_timeout_s + config.sandbox.stop_timeout_s + SLACK_S
+        self._idling.used()
         try:
             async with asyncio.timeout(limit):
                 self._rouse()
