@@ -171,6 +171,16 @@ class BringUp:
 
     async def _run(self, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
         first = cached or await self._assemble(None)
+        latest = await self._bring(first, incarnation, generation, cached)
+        if self.sandbox is None or self.sandbox.boot_hash == latest.wanted.hashes["boot"]:
+            return latest
+        # It was made with what was cached, and the sources say otherwise by now.
+        with self.timeline.stage("put_away"):
+            await self.sandbox.put_away(grace_s=0)
+        self.timeline.path = "cold"
+        return await self._bring(latest.assembled, incarnation, generation, None)
+
+    async def _bring(self, first: Assembled, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
         if self.timeline.intent == "forecast":
             # What may come to nothing takes nothing from those who are here.
             return await self._start(first, incarnation, generation, cached)

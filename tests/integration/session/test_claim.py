@@ -123,6 +123,23 @@ async def test_one_made_with_other_limits_is_not_taken() -> None:
         assert world.pool.cold == 1
 
 
+@pytest.mark.parametrize("warm", [False, True])
+async def test_limits_that_were_changed_while_it_was_stopped_hold_at_once(warm: bool) -> None:
+    """What is cached says otherwise; a sandbox that was made with it is not what the user gets."""
+    async with rig() as world:
+        session = await world.ready()
+        await session.stop()
+        await world.put("limits", {"memory_bytes": 2**28})
+        if warm:
+            await world.warm()
+        await session.wait_ready()
+        assert path(world) == "cold"
+        assert [box.spec.memory_bytes for box in world.engine.sandboxes.values()] == [2**28]
+        assert len(world.slots.ids()) == 1
+        await session.stop()
+        await world.assert_at_rest("ann")
+
+
 def dies(world: Rig, box: Sandbox) -> None:
     inside(world, box).script.die_at_claim = True
 
