@@ -309,7 +309,8 @@ class Pool:
     async def _tick(self) -> None:
         while True:
             try:
-                await self._see_image()
+                if self._shelves or not self._image:
+                    await self._see_image()
             except CortexError as error:
                 log.debug("pool_image_not_seen", error=str(error))
             except Exception:
@@ -376,7 +377,7 @@ class Pool:
             if self._stock(shelf, self._clock()).excess:
                 return  # fetching an image takes its time
             async with asyncio.timeout(limit):
-                box = await self._warmer.make(shelf.agent, self._lost)
+                box = await self._warmer.make(shelf.agent, self._lost, lambda box: self._left(shelf, box))
         except TimeoutError:
             self._not_made(shelf, _too_slow(shelf.agent, limit))
         except CortexError as error:
@@ -409,7 +410,7 @@ class Pool:
         limit = self._runtime.config().session.bringup_timeout_s + SLACK_S
         try:
             async with asyncio.timeout(limit):
-                box = await self._warmer.adopt(adopted, self._lost)
+                box = await self._warmer.adopt(adopted, self._lost, lambda box: self._left(shelf, box))
         except (CortexError, TimeoutError) as error:
             log.warning("warm_sandbox_not_adopted", slot=adopted.slot.id, error=str(error))
         else:
@@ -525,6 +526,12 @@ class Pool:
         log.info("warm_sandbox_ends", agent=shelf.agent, slot=box.slot.id, reason=reason)
         shelf.ends(box)
         self._tasks.start(self._put_away(shelf, box), f"end.{box.slot.id}")
+
+    def _left(self, shelf: Shelf, box: Sandbox) -> None:
+        """One that could neither be made nor put away; when the pool closes it is for the next broker."""
+        shelf.ends(box, stuck=True)
+        if not self._closed:
+            self._tasks.start(self._put_away(shelf, box), f"end.{box.slot.id}")
 
     async def _put_away(self, shelf: Shelf, box: Sandbox) -> None:
         """Until it is gone: what is left of it has memory, a slot and a row."""

@@ -22,6 +22,11 @@ FIRST = 1
 """Incarnation of a warm sandbox; its slot is new."""
 
 OnLost = Callable[[Sandbox, str], None]
+OnLeft = Callable[[Sandbox], None]
+
+
+def _until_restart(box: Sandbox) -> None:
+    """Nobody takes care of what is left; the next broker finds it."""
 
 
 class Warmer(Protocol):
@@ -30,14 +35,15 @@ class Warmer(Protocol):
     def recipe(self, agent: str) -> str:
         """Hash of what a warm sandbox of ``agent`` would be made with now. Raises ``CortexError``."""
 
-    async def make(self, agent: str, on_lost: OnLost) -> Sandbox:
+    async def make(self, agent: str, on_lost: OnLost, on_left: OnLeft = _until_restart) -> Sandbox:
         """A new one, its agent ready (and its conversation opened ahead, where the agent has that) and unclaimed.
 
-        ``on_lost(box, reason)`` is called once when its link is lost before it is claimed. All or nothing: raises
-        ``CortexError`` when it cannot be made, and has put away what there was.
+        ``on_lost(box, reason)`` is called once when its link is lost before it is claimed. Raises ``CortexError``
+        when it cannot be made, and has put away what there was; ``on_left(box)`` hears of one that the engine does
+        not let go of, to be put away again.
         """
 
-    async def adopt(self, adopted: Adopted, on_lost: OnLost) -> Sandbox:
+    async def adopt(self, adopted: Adopted, on_lost: OnLost, on_left: OnLeft = _until_restart) -> Sandbox:
         """Takes over one that outlived the last broker; like ``make``."""
 
 
@@ -57,7 +63,7 @@ class WarmMaker:
         }
         return fingerprint(runtime.installation_key, "recipe", told)
 
-    async def make(self, agent: str, on_lost: OnLost) -> Sandbox:
+    async def make(self, agent: str, on_lost: OnLost, on_left: OnLeft = _until_restart) -> Sandbox:
         runtime = self._runtime
         slot = runtime.slots.create(runtime.slots.new_id())
         try:
@@ -65,14 +71,14 @@ class WarmMaker:
         except CortexError:
             await runtime.slots.remove(slot.id)
             raise
-        return await self._or_put_away(box, self._make(box))
+        return await self._or_put_away(box, self._make(box), on_left)
 
-    async def adopt(self, adopted: Adopted, on_lost: OnLost) -> Sandbox:
+    async def adopt(self, adopted: Adopted, on_lost: OnLost, on_left: OnLeft = _until_restart) -> Sandbox:
         record = adopted.record
         box = self._place(record.agent, adopted.slot, record.incarnation, on_lost, welcomed=True)
         box.ref, box.boot_hash = adopted.found.ref, record.boot
         box.paused = adopted.found.liveness == "paused"
-        return await self._or_put_away(box, self._adopt(box))
+        return await self._or_put_away(box, self._adopt(box), on_left)
 
     def _place(self, agent: str, slot: Slot, incarnation: int, on_lost: OnLost, *, welcomed: bool) -> Sandbox:
         box = place(
@@ -87,13 +93,13 @@ class WarmMaker:
         )
         return box
 
-    async def _or_put_away(self, box: Sandbox, work: Coroutine[Any, Any, None]) -> Sandbox:
+    async def _or_put_away(self, box: Sandbox, work: Coroutine[Any, Any, None], on_left: OnLeft) -> Sandbox:
         timeout = self._runtime.config().session.bringup_timeout_s
         try:
             async with asyncio.timeout(timeout):
                 await work
         except TimeoutError as error:
-            await box.put_away(grace_s=0)
+            await self._put_away(box, on_left)
             raise CortexError(
                 Code.BRINGUP_TIMEOUT,
                 f"a warm sandbox of {box.agent} was not ready in {timeout:g} s",
@@ -101,9 +107,17 @@ class WarmMaker:
                 hint="try `cortex session create` with this agent; its error says more",
             ) from error
         except BaseException:
-            await box.put_away(grace_s=0)
+            await self._put_away(box, on_left)
             raise
         return box
+
+    async def _put_away(self, box: Sandbox, on_left: OnLeft) -> None:
+        """Never hides why it is put away."""
+        try:
+            await box.put_away(grace_s=0)
+        except (CortexError, OSError) as error:
+            log.warning("warm_sandbox_left", slot=box.slot.id, error=str(error))
+            on_left(box)
 
     async def _make(self, box: Sandbox) -> None:
         prepared = await self._prepare(box)

@@ -14,7 +14,7 @@ import pytest
 from broker.errors import Code, CortexError
 from broker.host.memory import HostMemory
 from broker.sandbox.driver import SandboxDriver
-from broker.sandbox.fake import Script
+from broker.sandbox.fake import FakeDriver, Script
 from broker.sandbox.reconcile import reconcile
 from broker.sandbox.slots import Slots, home_key
 from broker.session.directory import Solo
@@ -231,6 +231,25 @@ async def test_an_agent_that_never_becomes_ready_leaves_nothing_behind() -> None
         here.world.engine.script = Script()
         await here.reaches(1, 1)
         assert len(here.world.slots.ids()) == len(here.world.engine.sandboxes) == 3
+
+
+async def test_what_could_be_neither_made_nor_put_away_goes_when_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuses(driver: FakeDriver, ref: str) -> None:
+        raise engine_down()
+
+    async with house(target=2, maximum=4, breaker_s=0.1, breaker_failures=2) as here:
+        await here.reaches(1, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeDriver, "remove", refuses)
+            here.world.engine.script = Script(start_error=engine_down())
+            assert await here.ready("ann") == "generic_warm"
+            await until(lambda: here.agent()["stuck"] == 3)
+            assert here.agent()["short"] == "maximum"
+            assert "engine is down" in here.agent()["error"]
+        here.world.engine.script = Script()
+        await here.reaches(1, 1)
+        assert len(here.world.slots.ids()) == len(here.world.engine.sandboxes) == 3
+        assert len(await here.world.rows.sandboxes()) == 3
 
 
 async def test_users_own_warm_sessions_are_seen() -> None:

@@ -20,11 +20,11 @@ from broker.sandbox.reconcile import Adopted
 from broker.session.pool import Pool
 from broker.session.sandbox import NOBODY, Runtime, Sandbox
 from broker.session.shelf import Shelf
+from broker.session.warm import OnLeft, OnLost
 from sandbox_agent.wire.messages import Status
 
 GIB = 2**30
 NOWHERE = Path("/nowhere")
-OnLost = Callable[[Sandbox, str], None]
 
 
 def down() -> CortexError:
@@ -94,7 +94,7 @@ class FakeWarmer:
             raise self.refused
         return f"{agent}-{self.version}"
 
-    async def make(self, agent: str, on_lost: OnLost) -> Sandbox:
+    async def make(self, agent: str, on_lost: OnLost, on_left: OnLeft = lambda box: None) -> Sandbox:
         self.under_way[agent] += 1
         self.begun += 1
         self.most = max(self.most, self.under_way.total())
@@ -103,6 +103,8 @@ class FakeWarmer:
             recipe, boot = self.recipe(agent), self.world.boot(agent)
             await asyncio.sleep(self.seconds)
             if self.error is not None:
+                if self.world.end_error is not None:
+                    on_left(await self._box(agent, on_lost))
                 raise self.error
             box = await self._box(agent, on_lost)
             box.recipe, box.boot_hash = recipe, boot
@@ -118,7 +120,7 @@ class FakeWarmer:
         self.made.append(Box(self.world, agent, ref, number, on_lost))
         return self.made[-1]
 
-    async def adopt(self, adopted: Adopted, on_lost: OnLost) -> Sandbox:
+    async def adopt(self, adopted: Adopted, on_lost: OnLost, on_left: OnLeft = lambda box: None) -> Sandbox:
         await asyncio.sleep(self.seconds)
         if self.error is not None:
             raise self.error

@@ -350,6 +350,24 @@ def test_one_that_cannot_be_put_away_is_tried_again_and_does_not_keep_the_pool_s
     play(scene, agents={"a": {"target": 2, "maximum": 4}})
 
 
+def test_one_that_could_neither_be_made_nor_put_away_is_not_forgotten() -> None:
+    async def scene(world: World) -> None:
+        world.warmer.error = world.end_error = down()
+        with capture_logs():
+            world.pool.start()
+            await asyncio.sleep(20)
+        left = list(world.warmer.made)
+        assert left
+        assert world.shelf().stuck == len(left)
+        assert len(left) <= 4
+        world.warmer.error = world.end_error = None
+        await asyncio.sleep(200)
+        assert all(box.ends == ["put_away"] for box in left)
+        assert world.sizes() == {"hot": 1, "paused": 1}
+
+    play(scene, agents={"a": {"target": 2, "maximum": 4}})
+
+
 def test_one_that_cannot_be_paused_or_woken_is_replaced() -> None:
     async def scene(world: World) -> None:
         async def fails() -> None:
