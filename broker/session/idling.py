@@ -22,6 +22,8 @@ from sandbox_agent.wire.messages import Status
 
 REQUESTS = 1000
 """Turns that are remembered at most."""
+AT_ONCE = 16
+"""Turns that are believed to have begun between two words of an agent server."""
 RETRY_S = 30.0
 """After a pause or a stop that could not be done."""
 
@@ -98,7 +100,7 @@ class Idling:
     def heard(self, status: Status) -> None:
         """Its agent server says how it is."""
         if 0 <= self._turns < status.turns:
-            for _ in range(min(status.turns - self._turns, REQUESTS)):
+            for _ in range(min(status.turns - self._turns, AT_ONCE)):
                 self.request()
                 self._activity.note(self._user, self._clock(), "request")
         self._turns = status.turns

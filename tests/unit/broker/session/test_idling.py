@@ -10,7 +10,7 @@ from broker.config import PoolConfig
 from broker.session.activity import Kind
 from broker.session.clients import Clients
 from broker.session.idle import Action
-from broker.session.idling import RETRY_S, Idling
+from broker.session.idling import AT_ONCE, RETRY_S, Idling
 from sandbox_agent.wire.messages import Status
 
 
@@ -98,6 +98,8 @@ async def test_turns_that_were_there_before_do_not_count() -> None:
     world.says(turns=0)
     world.says(turns=1)
     assert len(world.noted) == 3
+    world.says(turns=2**60)
+    assert len(world.noted) == 3 + AT_ONCE, "a sandbox may say what it likes"
     world.idling.close()
 
 
