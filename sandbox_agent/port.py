@@ -36,8 +36,8 @@ class AgentHub(Protocol):
 
     @property
     def pending(self) -> int:
-        """What is under way beside turns: requests that the agent has not answered, clients with messages that wait, MCP
-        servers that start."""
+        """What is under way beside turns: requests that the agent has not answered, clients with messages that wait,
+        MCP servers that start."""
 
     def claim(self, *, moved: bool, keep_ahead: bool) -> None:
         """The sandbox is somebody's from now on: the journal may be opened. ``moved``: the home is another;
