@@ -26,6 +26,8 @@ from broker.sandbox.limits import TokenBucket
 from broker.sandbox.reconcile import Adopted
 from broker.session.breaker import Patience
 from broker.session.mailbox import crashed
+from broker.session.pool_care import Care
+from broker.session.pool_ends import Ends
 from broker.session.pool_policy import Limits, Plan, Stock, plan, wanted
 from broker.session.pool_view import (
     Facts,
@@ -38,7 +40,7 @@ from broker.session.pool_view import (
     publish_users,
     view,
 )
-from broker.session.sandbox import Runtime, Sandbox, how_ended
+from broker.session.sandbox import Runtime, Sandbox
 from broker.session.shelf import GUESS_BYTES, Member, Shelf
 from broker.session.warm import Warmer
 
@@ -50,11 +52,6 @@ YIELD_S = 5.0
 """Users' starts go first for so long without a break; then one sandbox is made at a time beside them."""
 SLACK_S = 10.0
 """What the maker of a sandbox is given beyond its own deadline."""
-ENDS_AT_ONCE = 4
-END_S = 60.0
-"""Deadline of putting one away."""
-FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
-"""Pauses after one could not be put away."""
 
 NONE_WANTED = PoolAgentConfig(minimum=0, target=0, maximum=0, hot=0)
 
@@ -88,7 +85,8 @@ class Pool:
         self._expected: dict[str, int] = {}
         config = runtime.config().pool
         self._bucket = TokenBucket(config.refill_burst, config.refill_per_s)
-        self._ends = asyncio.Semaphore(ENDS_AT_ONCE)
+        self._care = Care(runtime.driver, self._tasks, lose=self._lose, changed=self._soon)
+        self._ends = Ends(self._tasks, changed=self._soon)
         self._with_users: set[str] = set()
         self._image = ""
         self._image_error = ""
@@ -120,7 +118,6 @@ class Pool:
         shelf.claimed(result)
         POOL_CLAIMS.labels("generic", result).inc()
         self._lacks()
-        publish(shelf, self._clock())
         return box
 
     def _pop(self, shelf: Shelf, boot: str) -> tuple[Sandbox | None, str]:
@@ -133,7 +130,7 @@ class Pool:
             unfit = _unfit(box)
             if not unfit:
                 return box, "hit"
-            self._end(shelf, box, unfit)
+            self._ends.end(shelf, box, unfit)
         return None, "empty"
 
     @contextmanager
@@ -196,6 +193,7 @@ class Pool:
     async def close(self) -> None:
         """Lets go of all; they go on and are adopted by the next broker. Idempotent."""
         self._closed = True
+        self._ends.closed = True
         for handle in (self._due, self._timer):
             if handle is not None:
                 handle.cancel()
@@ -240,11 +238,11 @@ class Pool:
             shelf.short = decided.short[agent]
             for member in shelf.worst(decided.end.get(agent, 0)):
                 self._leave(shelf, member)
-                self._end(shelf, member.box, "there are more than wanted, or memory is short")
+                self._ends.end(shelf, member.box, "there are more than wanted, or memory is short")
             for member in shelf.to_pause(decided.pause.get(agent, 0)):
-                self._pause(shelf, member)
+                self._care.pause(shelf, member)
             for member in shelf.to_resume(decided.resume.get(agent, 0)):
-                self._resume(shelf, member)
+                self._care.resume(shelf, member)
             publish(shelf, now)
             POOL_TARGET.labels(agent).set(self._wanted(shelf))
             if shelf.empty and agent not in self._runtime.config().pool.agents:
@@ -362,7 +360,9 @@ class Pool:
             old = member.box.recipe != shelf.recipe
             if old or (member.image and self._image and member.image != self._image):
                 self._leave(shelf, member)
-                self._end(shelf, member.box, "it was made with other settings" if old else "the image is another now")
+                self._ends.end(
+                    shelf, member.box, "it was made with other settings" if old else "the image is another now"
+                )
 
     # -- making --------------------------------------------------------------------------------
 
@@ -377,7 +377,7 @@ class Pool:
             if self._stock(shelf, self._clock()).excess:
                 return  # fetching an image takes its time
             async with asyncio.timeout(limit):
-                box = await self._warmer.make(shelf.agent, self._lost, lambda box: self._left(shelf, box))
+                box = await self._warmer.make(shelf.agent, self._lost, lambda box: self._ends.left(shelf, box))
         except TimeoutError:
             self._not_made(shelf, _too_slow(shelf.agent, limit))
         except CortexError as error:
@@ -410,7 +410,7 @@ class Pool:
         limit = self._runtime.config().session.bringup_timeout_s + SLACK_S
         try:
             async with asyncio.timeout(limit):
-                box = await self._warmer.adopt(adopted, self._lost, lambda box: self._left(shelf, box))
+                box = await self._warmer.adopt(adopted, self._lost, lambda box: self._ends.left(shelf, box))
         except (CortexError, TimeoutError) as error:
             log.warning("warm_sandbox_not_adopted", slot=adopted.slot.id, error=str(error))
         else:
@@ -419,88 +419,14 @@ class Pool:
             shelf.making -= 1
             self._soon()
 
-    # -- looking after them --------------------------------------------------------------------
+    # -- coming and going ----------------------------------------------------------------------
 
     def _put(self, shelf: Shelf, member: Member) -> None:
         """It is here now: from now on it can be taken, and it is looked after."""
-        box = member.box
         shelf.pass_time(self._clock())
-        self._members[box.slot.id] = (shelf, member)
-        member.phase = "paused" if box.paused else "hot"
-        shelf.put(member)
-        for name, work in (("exit", self._exit), ("status", self._status), ("measure", self._measure)):
-            member.tasks.append(self._tasks.start(work(shelf, member), f"{name}.{box.slot.id}"))
-        self._watch_answers(shelf, member)
+        self._members[member.box.slot.id] = (shelf, member)
+        self._care.begin(shelf, member)
         self._refresh(shelf)
-
-    def _watch_answers(self, shelf: Shelf, member: Member) -> None:
-        if member.phase == "hot" and member.probe is None:
-            member.probe = self._tasks.start(self._answers(shelf, member), f"probe.{member.box.slot.id}")
-
-    async def _exit(self, shelf: Shelf, member: Member) -> None:
-        try:
-            ended = await self._runtime.driver.wait(member.box.ref)
-        except CortexError as error:
-            # Its link ends too, a little later.
-            log.warning("warm_sandbox_not_watched", slot=member.box.slot.id, error=str(error))
-        else:
-            self._lose(shelf, member, f"it {how_ended(ended)}")
-
-    async def _answers(self, shelf: Shelf, member: Member) -> None:
-        self._lose(shelf, member, await member.box.unresponsive())
-
-    async def _status(self, shelf: Shelf, member: Member) -> None:
-        """Its place depends on what its agent server says."""
-        box = member.box
-        while not box.failed:
-            shelf.put(member)
-            self._soon()
-            box.ready.clear()
-            await box.ready.wait()
-        self._lose(shelf, member, str(box.failed))
-
-    async def _measure(self, shelf: Shelf, member: Member) -> None:
-        try:
-            shelf.measured(await self._runtime.driver.memory(member.box.ref))
-        except CortexError as error:
-            log.debug("warm_sandbox_not_measured", slot=member.box.slot.id, error=str(error))
-        self._soon()
-
-    def _pause(self, shelf: Shelf, member: Member) -> None:
-        member.phase = "pausing"
-        shelf.put(member)
-        if member.probe is not None:
-            member.probe.cancel()
-            member.probe = None
-        member.tasks.append(self._tasks.start(self._pausing(shelf, member), f"pause.{member.box.slot.id}"))
-
-    async def _pausing(self, shelf: Shelf, member: Member) -> None:
-        try:
-            await member.box.pause()
-        except CortexError as error:
-            self._lose(shelf, member, f"it could not be paused: {error}")
-        else:
-            member.phase = "paused"
-            shelf.put(member)
-            self._soon()
-
-    def _resume(self, shelf: Shelf, member: Member) -> None:
-        member.phase = "resuming"
-        shelf.put(member)
-        member.tasks.append(self._tasks.start(self._resuming(shelf, member), f"resume.{member.box.slot.id}"))
-
-    async def _resuming(self, shelf: Shelf, member: Member) -> None:
-        try:
-            await member.box.resume()
-        except CortexError as error:
-            self._lose(shelf, member, f"it could not be resumed: {error}")
-        else:
-            member.phase = "hot"
-            shelf.put(member)
-            self._watch_answers(shelf, member)
-            self._soon()
-
-    # -- ends ----------------------------------------------------------------------------------
 
     def _lost(self, box: Sandbox, reason: str) -> None:
         """Its link is gone; of one that was handed out somebody else hears."""
@@ -512,7 +438,7 @@ class Pool:
         if member not in shelf:
             return
         self._leave(shelf, member)
-        self._end(shelf, member.box, reason)
+        self._ends.end(shelf, member.box, reason)
         self._lacks()
 
     def _leave(self, shelf: Shelf, member: Member) -> None:
@@ -521,41 +447,6 @@ class Pool:
         shelf.remove(member)
         self._members.pop(member.box.slot.id, None)
         member.let_be()
-
-    def _end(self, shelf: Shelf, box: Sandbox, reason: str) -> None:
-        log.info("warm_sandbox_ends", agent=shelf.agent, slot=box.slot.id, reason=reason)
-        shelf.ends(box)
-        self._tasks.start(self._put_away(shelf, box), f"end.{box.slot.id}")
-
-    def _left(self, shelf: Shelf, box: Sandbox) -> None:
-        """One that could neither be made nor put away; when the pool closes it is for the next broker."""
-        shelf.ends(box, stuck=True)
-        if not self._closed:
-            self._tasks.start(self._put_away(shelf, box), f"end.{box.slot.id}")
-
-    async def _put_away(self, shelf: Shelf, box: Sandbox) -> None:
-        """Until it is gone: what is left of it has memory, a slot and a row."""
-        pause = FIRST_RETRY_S
-        while not await self._gone(shelf, box):
-            shelf.ends(box, stuck=True)
-            self._soon()
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, LAST_RETRY_S)
-        shelf.ended(box)
-        self._soon()
-
-    async def _gone(self, shelf: Shelf, box: Sandbox) -> bool:
-        async with self._ends:
-            try:
-                async with asyncio.timeout(END_S):
-                    await box.put_away(grace_s=0)
-            except (CortexError, OSError, TimeoutError) as error:
-                log.warning("warm_sandbox_not_ended", agent=shelf.agent, slot=box.slot.id, error=str(error))
-                return False
-            except Exception:
-                log.exception("put_away_crashed", agent=shelf.agent, slot=box.slot.id)
-                return False
-        return True
 
 
 def _unfit(box: Sandbox) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -58,6 +58,9 @@ class Member:
         self.probe = None
 
 
+Row = OrderedDict[Member, None]
+
+
 class Shelf:
     """``recipe``: what its sandboxes have to be made with; ``refused``: why there is none; ``short``: why there are
     too few; ``making``: how many are on their way."""
@@ -75,9 +78,10 @@ class Shelf:
         """Seconds that its sandboxes were warm, all together."""
         self._counted_at: float | None = None
         self._costs: deque[int] = deque(maxlen=16)
-        self._rows: tuple[dict[Member, None], ...] = tuple({} for _ in (*HOT, *RESUMING, *ASLEEP))
-        self._pausing: dict[Member, None] = {}
-        self._at: dict[Member, dict[Member, None]] = {}
+        # Of a plain dict whose first entries are gone the next first one is not found in constant time.
+        self._rows: tuple[Row, ...] = tuple(OrderedDict() for _ in (*HOT, *RESUMING, *ASLEEP))
+        self._pausing: Row = OrderedDict()
+        self._at: dict[Member, Row] = {}
         self._ending: dict[str, Sandbox] = {}
         self._stuck: set[str] = set()
 

@@ -172,6 +172,18 @@ async def test_a_broker_that_is_killed_leaves_them_to_the_next(place: Path, driv
         assert await way(broker, "bob") == "generic_warm"
 
 
+async def test_a_broker_that_stops_while_it_makes_some_leaves_nothing_half_made(place: Path, driver: str) -> None:
+    async with running(place, driver, pool(4, more="")) as broker:
+        for pause in (0.0, 0.1, 0.3):
+            await becomes(broker, lambda it: it["making"] > 0)
+            await asyncio.sleep(pause)
+            assert await broker.stop() == 0
+            await broker.start()
+        await rests(broker, 1, 3)
+        assert len(os.listdir(broker.state_dir / "slots")) == len(pids(broker)) == 4
+        assert await way(broker, "ann") == "generic_warm"
+
+
 async def test_an_agent_that_cannot_be_made_opens_the_breaker_and_leaves_nothing(place: Path, driver: str) -> None:
     broken = '[agents.broken]\ncommand = ["/no/such/agent"]\n[pool.agents.broken]\ntarget = 2\n'
     async with running(place, driver, pool(1) + broken) as broker:
