@@ -357,12 +357,12 @@ class Pool:
             shelf.recipe = recipe
             shelf.breaker.reset()
         for member in shelf:
-            old = member.box.recipe != shelf.recipe
-            if old or (member.image and self._image and member.image != self._image):
+            why = "it was made with other settings" if member.box.recipe != shelf.recipe else ""
+            if member.image and self._image and member.image != self._image:
+                why = "it was made from another image"
+            if why:
                 self._leave(shelf, member)
-                self._ends.end(
-                    shelf, member.box, "it was made with other settings" if old else "the image is another now"
-                )
+                self._ends.end(shelf, member.box, why)
 
     # -- making --------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import structlog
 
@@ -39,8 +40,12 @@ class Care:
         member.phase = "paused" if member.box.paused else "hot"
         shelf.put(member)
         for name, work in (("exit", self._exit), ("status", self._status), ("measure", self._measure)):
-            member.tasks.append(self._tasks.start(work(shelf, member), f"{name}.{member.box.slot.id}"))
+            self._start(member, work(shelf, member), name)
         self._watch_answers(shelf, member)
+
+    def _start(self, member: Member, work: Coroutine[Any, Any, None], name: str) -> None:
+        member.tasks = [task for task in member.tasks if not task.done()]
+        member.tasks.append(self._tasks.start(work, f"{name}.{member.box.slot.id}"))
 
     def _watch_answers(self, shelf: Shelf, member: Member) -> None:
         if member.phase == "hot" and member.probe is None:
@@ -82,7 +87,7 @@ class Care:
         if member.probe is not None:
             member.probe.cancel()
             member.probe = None
-        member.tasks.append(self._tasks.start(self._pausing(shelf, member), f"pause.{member.box.slot.id}"))
+        self._start(member, self._pausing(shelf, member), "pause")
 
     async def _pausing(self, shelf: Shelf, member: Member) -> None:
         try:
@@ -98,7 +103,7 @@ class Care:
         """Begins to; it can be handed out all the same."""
         member.phase = "resuming"
         shelf.put(member)
-        member.tasks.append(self._tasks.start(self._resuming(shelf, member), f"resume.{member.box.slot.id}"))
+        self._start(member, self._resuming(shelf, member), "resume")
 
     async def _resuming(self, shelf: Shelf, member: Member) -> None:
         try:
