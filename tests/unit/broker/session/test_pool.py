@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -699,6 +700,24 @@ def test_what_users_have_is_gauged_until_it_is_gone() -> None:
         world.users = []
         await asyncio.sleep(TICK_S + 1)
         assert POOL_SIZE.labels("b", "user", "paused")._value.get() == 0
+
+    play(scene)
+
+
+def test_a_wall_clock_that_jumps_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> float:
+        raise AssertionError("the wall clock was asked")
+
+    async def scene(world: World) -> None:
+        monkeypatch.setattr(time, "time", asked)
+        await world.filled(30)
+        world.warmer.error = down()
+        assert world.take() is not None
+        await asyncio.sleep(30)
+        world.warmer.error = None
+        await asyncio.sleep(100)
+        monkeypatch.undo()
+        assert world.sizes() == {"hot": 1, "paused": 1}
 
     play(scene)
 
