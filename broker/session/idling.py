@@ -97,6 +97,10 @@ class Idling:
         self._roused_at = self._steady()
         self._kept_until = self._roused_at + max(pool.idle.fallback_keep_s, pool.forecast.lead_s)
 
+    def unexpected(self) -> None:
+        """Nobody is expected any more; it is kept as its last use asks for."""
+        self._roused_at = self._kept_until = -inf
+
     def heard(self, status: Status) -> None:
         """Its agent server says how it is."""
         if 0 <= self._turns < status.turns:

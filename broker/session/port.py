@@ -81,6 +81,9 @@ class SessionPort(Protocol):
     def prewarm(self, *, announced: bool = True) -> None:
         """Somebody will come, at any moment where it was ``announced``: has it ready for them. No use of it."""
 
+    async def let_go(self) -> None:
+        """Nobody is expected any more: stops what was made ready ahead, unless it is of use. Raises ``CortexError``."""
+
     async def stop(self) -> None:
         """Stops the sandbox; the session, its home and its journal stay."""
 

@@ -101,10 +101,10 @@ class Preparation:
         return last is not None
 
     async def let_go(self, user: str) -> None:
-        """Stops what was brought up for the user, unless somebody has asked for it since."""
+        """Stops what was brought up for the user, unless somebody uses it."""
         session = self._held(user)
-        if session is not None and session.view()["warm"]:
-            await session.stop()
+        if session is not None:
+            await session.let_go()
 
     async def prepare(self, user: str) -> Mapping[str, str]:
         """Home, packages and credentials of the user's next bring-up; by name "" or what is wrong."""

@@ -253,6 +253,11 @@ class Session:
             self._applying.soon()
         self._idling.look()
 
+    async def let_go(self) -> None:
+        """Nobody is expected any more: what was made ready for them is stopped, unless it is in use, or was just now."""
+        self._idling.unexpected()
+        await self._mailbox.ask(self._resting.settle)
+
     def _ask(self) -> None:
         """A request: a create, a hook, a client, a prompt over HTTP. The first that finds the session up claims it."""
         self._claims.ask(warm=self.warm, serving=self._serving)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -52,7 +53,7 @@ class World:
     def _make(self) -> None:
         self.foresight = Foresight(ActivityStore(self.rig.db), lambda: self.rig.config.pool, self.rig.clock)
         self.runtime = replace(self.rig.runtime, activity=self.foresight.activity)
-        self.rig.registry = Registry(self.runtime, Solo("n1"), self.rig.clock, self.rig.pool)
+        self.rig.registry = Registry(self.runtime, Solo("n1"), self.rig.clock, self.rig.pool, steady=self.rig.clock)
         self.preparer = Preparation(self.runtime, self.rig.registry, self.pools, lambda: self.rig.config.pool.agents)
 
     async def history(self, user: str) -> None:
@@ -135,6 +136,41 @@ async def test_what_is_in_use_never_goes() -> None:
         session.attach(Client())
         await here.preparer.let_go("ann")
         assert session.state == "ready"
+
+
+async def test_a_turn_that_outlives_its_client_is_not_cut_to_make_room() -> None:
+    async with world() as here:
+        await here.known()
+        await here.at(COMES - 100)
+        session = here.rig.registry.held("ann", "main")
+        assert session is not None
+        await session.wait_ready()
+        client = Client()
+        session.attach(client)
+        session.detach(client)
+        here.rig.clock.now += DAY
+        here.rig.box.open_turns = 1
+        await here.preparer.let_go("ann")
+        assert session.state == "ready"
+
+
+async def test_who_comes_while_room_is_made_keeps_the_sandbox() -> None:
+    async with world() as here:
+        await here.known()
+        await here.at(COMES - 100)
+        session = here.rig.registry.held("ann", "main")
+        assert session is not None
+        await session.wait_ready()
+        free = asyncio.Event()
+        session._mailbox.post(free.wait)  # type: ignore[arg-type]
+        going = asyncio.ensure_future(here.preparer.let_go("ann"))
+        await asyncio.sleep(0)
+        client = Client()
+        session.attach(client)
+        free.set()
+        await going
+        assert session.state == "ready"
+        assert client.closed is None
 
 
 async def test_intent_is_noted_and_its_lead_measured() -> None:
