@@ -282,7 +282,9 @@ class PoolConfig(Section):
     refill_concurrency: int = Field(2, ge=1, le=64, description="Warm sandboxes made at once.")
     refill_per_s: float = Field(4.0, gt=0, le=1000, description="Warm sandboxes made a second, on average.")
     refill_burst: int = Field(10, ge=1, le=1000, description="Of them at once after a quiet time.")
-    debounce_s: float = Field(0.05, ge=0, le=60, description="Pause between a claim and the refill for it.")
+    debounce_s: float = Field(
+        1.0, ge=0, le=60, description="Pause between a claim and the refill for it, which the user's first turn has."
+    )
     backoff_s: Seconds = Field(1.0, description="First pause after a warm sandbox could not be made; it doubles.")
     breaker_failures: int = Field(5, ge=1, description="Failures in a row after which none is made for breaker_s.")
     breaker_s: Seconds = Field(60.0, description="See breaker_failures.")

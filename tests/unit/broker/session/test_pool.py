@@ -659,7 +659,7 @@ def test_closing_lets_them_go_on_and_makes_no_more() -> None:
         await asyncio.sleep(100)
         assert world.warmer.under_way["a"] == 0
 
-    play(scene)
+    play(scene, debounce_s=0.05)
 
 
 # What operators see
