@@ -134,9 +134,11 @@ def go_agent(broker: BrokerProcess, agent: str, url: str, rounds: int) -> dict[s
             api("POST", f"/v1/sessions/{user}/main/prewarm")
             until(lambda name=user: settled(api, name))  # type: ignore[misc]
             see("own", came(api, user, agent, "user_warm"))
-            api("PUT", f"/v1/users/{user}/config/limits", {"pids": 300})
-            see("cold", came(api, user, agent, "cold"))
             api("DELETE", f"/v1/sessions/{user}/main")
+            api("PUT", f"/v1/users/{user}-cold/config/limits", {"pids": 300})
+            api("PUT", f"/v1/users/{user}-cold/config/mcp", mcp_servers())
+            see("cold", came(api, f"{user}-cold", agent, "cold"))
+            api("DELETE", f"/v1/sessions/{user}-cold/main")
     finally:
         api.close()
     return seen
