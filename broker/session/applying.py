@@ -14,7 +14,7 @@ from broker.session.custody import Custody
 from broker.session.life import Life
 from broker.session.mailbox import Mailbox
 from broker.session.port import Applied
-from broker.session.sandbox import Runtime
+from broker.session.sandbox import Runtime, Sandbox
 
 log = structlog.get_logger(__name__)
 
@@ -70,9 +70,12 @@ class Applying:
     async def _apply(self) -> Applied:
         """Sends what differs to a running sandbox; one that is starting, or paused, applies it when it is up."""
         box, configuration = self._custody.box, self._configuration
-        if self._life.state != "ready" or box is None:
+        if self._life.state not in ("ready", "paused") or box is None:
             return Applied(self._subject.user, self._subject.workspace, "stored", {})
         try:
+            if self._life.state == "paused":
+                await self._tell_gateway(box)
+                return Applied(self._subject.user, self._subject.workspace, "stored", {})
             effect = await configuration.apply(box, self._clients)
         except CortexError as error:
             configuration.warnings = (str(error),)
@@ -80,6 +83,11 @@ class Applying:
         # The cached copy is for the next broker; whoever waits for the change need not wait for it.
         self._mailbox.post_once("save", self._save)
         return Applied(self._subject.user, self._subject.workspace, "applied", effect)
+
+    async def _tell_gateway(self, box: Sandbox) -> None:
+        """The gateway does not stand still: an erased credential is of no use to a sandbox from the moment it wakes."""
+        if self._configuration.assembled is not None:
+            await box.tell_gateway(self._configuration.assembled)
 
     def _failed(self, error: CortexError) -> Applied:
         return Applied(self._subject.user, self._subject.workspace, "failed", {}, error.problem())

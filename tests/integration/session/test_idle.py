@@ -6,6 +6,7 @@ With the default settings: paused after 60 s, or 900 s with clients; kept for 12
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,22 @@ async def test_a_session_that_nobody_uses_is_paused_and_then_stopped() -> None:
         await world.assert_at_rest("ann")
         await session.wait_ready()
         assert world.calls("create") == 2
+
+
+async def test_a_credential_that_is_erased_while_it_is_paused_is_gone_before_it_wakes(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("sk-old")
+    provider = {"kind": "openai", "base_url": "https://api.example", "credential_file": str(key)}
+    async with rig(gateway={"providers": {"p": provider}}) as world:
+        session = await paused(world)
+        slot = box_of(session).slot.id
+        assert world.gateway.slots[slot][1]["p"].credential == "sk-old"
+        fresh = tmp_path / "fresh"
+        fresh.write_text("")
+        fresh.rename(key)
+        (applied,) = await world.registry.config_changed("ann", "credentials")
+        assert (state_of(session), applied.state) == ("paused", "stored")
+        assert world.gateway.slots[slot][1]["p"].credential == ""
 
 
 async def test_timers_do_it_by_themselves() -> None:
