@@ -72,15 +72,18 @@ def pause_s(failures: int, error: RefreshError, jitter: float) -> float:
     return min(wait, BACKOFF_MAX_S) * (1 + jitter / 4)
 
 
-def renewed(old: Secret, answer: Mapping[str, Any], now: float) -> Secret:
-    """The token set after a token endpoint's answer; what the answer leaves out stays. Raises ``RefreshError``."""
+def renewed(old: Secret, answer: Mapping[str, Any], now: float, life: float = 0.0) -> Secret:
+    """The token set after a token endpoint's answer; what the answer leaves out stays. Raises ``RefreshError``.
+
+    ``life``: how long the old access token was good, in seconds; an answer may leave that out too (RFC 6749, 5.1).
+    """
     if str(answer.get("token_type", "bearer")).lower() != "bearer":
         raise RefreshError("the answer is of another token type")
     tokens = {name: answer[name] for name in ("access_token", "refresh_token") if answer.get(name) is not None}
     if "access_token" not in tokens or not all(is_token(value) for value in tokens.values()):
         raise RefreshError("the answer holds no usable token")
     assert isinstance(old.value, Mapping)
-    expires_at = expiry(tokens["access_token"], answer.get("expires_in"), now)
+    expires_at = expiry(tokens["access_token"], answer.get("expires_in"), now) or (now + life if life > 0 else 0.0)
     return Secret("oauth", old.mode, {**old.value, **tokens}, expires_at=expires_at)
 
 

@@ -100,8 +100,9 @@ class Refresher:
 
     def _look_after(self, facts: Facts) -> None:
         """Has ``look`` come to it in time."""
-        key = (facts.user, facts.provider)
-        at = self._schedule.next_try(facts, self._clock())
+        self._enqueue((facts.user, facts.provider), self._schedule.next_try(facts, self._clock()))
+
+    def _enqueue(self, key: Key, at: float) -> None:
         if at < self._queued.get(key, float("inf")):
             self._queued[key] = at
             heapq.heappush(self._queue, (at, key))
@@ -127,7 +128,7 @@ class Refresher:
             try:
                 entry = await self._vault.get(*key) if self._awake(key[0]) else None
             except CortexError as error:
-                log.error("credential_not_renewed", user=key[0], provider=key[1], error=str(error))
+                self._broke_off(key, error)
                 continue
             if entry is None or self._oauth(entry) is None:
                 continue
@@ -143,7 +144,9 @@ class Refresher:
         key = (facts.user, facts.provider)
         flight = self._flights.get(key)
         if flight is None:
-            flight = self._flights[key] = self._tasks.start(self._renew(*key), "renew", on_error=_not_renewed)
+            flight = self._flights[key] = self._tasks.start(
+                self._renew(*key), "renew", on_error=lambda error: self._broke_off(key, error)
+            )
             flight.add_done_callback(lambda _: self._flights.pop(key, None))
         return flight
 
@@ -159,7 +162,8 @@ class Refresher:
             timeout = self._config().vault.refresh_timeout_s
             try:
                 answer = await self._endpoint.renew(oauth, entry.secret.value["refresh_token"], timeout)
-                fresh = renewed(entry.secret, answer, self._clock())
+                life = entry.facts.expires_at - entry.facts.updated_at
+                fresh = renewed(entry.secret, answer, self._clock(), life)
             except RefreshError as error:
                 await self._failed(entry.facts, error)
                 return
@@ -198,6 +202,18 @@ class Refresher:
         if facts.problem != str(error):
             self._tell(facts.user)
 
+    def _broke_off(self, key: Key, error: BaseException) -> None:
+        """It is looked at again where that may help, though nobody may ask for it in the meantime."""
+        log.error(
+            "credential_not_renewed",
+            user=key[0],
+            provider=key[1],
+            error=str(error),
+            error_type=type(error).__name__,
+        )
+        if isinstance(error, CortexError) and error.code.retryable:
+            self._enqueue(key, self._clock() + LOOK_S)
+
     def _tell(self, user: str) -> None:
         """On its own: whoever waits for the renewal may be the one who has to take it."""
         self._tasks.start(self._take(user), "tell")
@@ -211,7 +227,3 @@ class Refresher:
             await asyncio.wait(tuple(self._flights.values()), timeout=FINISH_S)
         await self._tasks.close()
         await self._endpoint.close()
-
-
-def _not_renewed(error: BaseException) -> None:
-    log.error("credential_not_renewed", error=str(error), error_type=type(error).__name__)

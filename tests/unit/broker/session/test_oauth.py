@@ -115,6 +115,12 @@ def test_an_answer_without_a_usable_token_is_none(answer: dict[str, Any]) -> Non
         renewed(OLD, answer, NOW)
 
 
+def test_a_life_that_the_answer_leaves_out_stays_too() -> None:
+    assert renewed(OLD, {"access_token": "at2"}, NOW, 600).expires_at == NOW + 600
+    assert renewed(OLD, {"access_token": "at2", "expires_in": 60}, NOW, 600).expires_at == NOW + 60
+    assert renewed(OLD, {"access_token": "at2"}, NOW, -5).expires_at == 0
+
+
 def test_a_token_may_say_itself_when_it_expires() -> None:
     assert expiry("at", 60, NOW) == expiry("at", "60", NOW) == NOW + 60
     assert expiry(jwt({"exp": NOW + 7}), None, NOW) == NOW + 7

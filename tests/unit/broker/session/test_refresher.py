@@ -339,6 +339,30 @@ async def test_a_new_token_that_cannot_be_stored_is_not_used_and_not_lost(
     assert value["refresh_token"] == "rt-1"
 
 
+@pytest.mark.parametrize("broken", ["get", "note_failure"])
+async def test_a_store_that_fails_for_a_while_ends_no_renewal(
+    world: World, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    await world.store(3600)
+    assert await world.token() == "at-0"
+    world.now += 3400
+
+    async def full(*args: Any) -> Any:
+        raise CortexError(Code.STORE_ERROR, "cannot ask the store", hint="see the broker's log")
+
+    world.server.answer = lambda: web.Response(status=503)
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(world.vault, broken, full)
+        await world.refresher.look()
+        await world.until(lambda: not world.refresher._flights)
+    assert [log["event"] for log in logs][-1] == "credential_not_renewed"
+    world.server.answer = None
+    world.now += 60
+    await world.refresher.look()
+    await world.heard(1)
+    assert world.server.good == {"rt-1"}
+
+
 async def test_a_provider_that_hangs_holds_nobody_for_long(world: World) -> None:
     entry = await world.store(-5)
     world.config = Config.model_validate(
