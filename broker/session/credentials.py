@@ -142,6 +142,7 @@ class VaultCredentials:
         self._operator = operator
         self._changed = changed
         self._tasks = TaskOwner("credentials")
+        self._telling: dict[str, bool] = {}
         self.refresher = Refresher(vault, config, changed=changed, awake=awake, clock=clock)
 
     async def get(self, user: str, name: str, provider: ProviderConfig) -> Credential:
@@ -187,10 +188,21 @@ class VaultCredentials:
             secret = Secret("file", "file", text)
             stored = await self._vault.put(user, agent.provider, secret, expect=entry.facts.version)
             log.info("credential_file_sealed", user=user, provider=agent.provider, kept=stored is not None)
-        self._tasks.start(self._take(user), "take")
+        self._tell(user)
+
+    def _tell(self, user: str) -> None:
+        """Once at a time, however often a sandbox says something; once more for what came meanwhile."""
+        if user not in self._telling:
+            self._tasks.start(self._take(user), "take")
+        self._telling[user] = True
 
     async def _take(self, user: str) -> None:
-        await self._changed(user)
+        try:
+            while self._telling[user]:
+                self._telling[user] = False
+                await self._changed(user)
+        finally:
+            del self._telling[user]
 
     async def warnings(self, user: str) -> Sequence[str]:
         """See ``Credentials``."""

@@ -29,6 +29,8 @@ class Sealing:
         self._tasks = TaskOwner(f"sealing.{slot}")
         self._work: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
+        self._rests = asyncio.Event()
+        """Nothing is being kept: all is, or it cannot be now."""
 
     def heard(self, refreshed: Refreshed) -> None:
         """The agent has changed a file."""
@@ -40,10 +42,15 @@ class Sealing:
             self._work = self._tasks.start(self._keep_all(), "keep")
 
     async def drain(self, timeout: float) -> None:
-        """Returns when all is kept, or cannot be now, or after ``timeout`` seconds."""
+        """Returns when all is kept, or cannot be now, or after ``timeout`` seconds; what is not is still tried again:
+        the sandbox may be gone by then, and with it the only token that its provider still takes."""
+        if self._work is None:
+            return
+        self._rests.clear()
         self._hurry.set()
-        if self._work is not None:
-            await asyncio.wait((self._work,), timeout=timeout)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._rests.wait()
         self._hurry.clear()
 
     async def close(self) -> None:
@@ -59,7 +66,7 @@ class Sealing:
                     await self._keep(refreshed)
                     pause = RETRY_S[0]
                 except CortexError as error:
-                    again = error.code.retryable and not self._hurry.is_set()
+                    again = error.code.retryable
                     log.error("refreshed_not_kept", slot=self._slot, error=str(error), hint=error.hint, again=again)
                     if again:
                         self._waiting.setdefault(refreshed.path, refreshed)
@@ -67,8 +74,12 @@ class Sealing:
                         pause = min(pause * 2, RETRY_S[1])
         finally:
             self._work = None
+            self._rests.set()
 
     async def _rest(self, pause: float) -> None:
+        if self._hurry.is_set():
+            self._hurry.clear()
+            self._rests.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await self._hurry.wait()

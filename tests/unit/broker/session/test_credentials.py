@@ -128,6 +128,26 @@ async def test_what_it_said_already_is_not_written_again_but_answered(world: Wor
     assert world.told == ["ann"]
 
 
+async def test_a_sandbox_that_says_it_over_and_over_has_its_user_told_once_more(world: World) -> None:
+    await world.vault.put("ann", "own", Secret("file", "file", FILE))
+    go_on = asyncio.Event()
+
+    async def slow(user: str) -> None:
+        world.told.append(user)
+        await go_on.wait()
+
+    world.credentials._changed = slow
+    for _ in range(50):
+        await world.credentials.refreshed("ann", AGENT, ".cli/auth.json", FILE.encode())
+        await asyncio.sleep(0)
+    assert world.told == ["ann"]
+    go_on.set()
+    async with asyncio.timeout(5):
+        while world.credentials._telling:
+            await asyncio.sleep(0)
+    assert world.told == ["ann", "ann"]
+
+
 @pytest.mark.parametrize(
     ("path", "content"),
     [

@@ -133,6 +133,16 @@ async def test_an_end_does_not_wait_for_a_pause_nor_try_for_ever(
     assert (len(vault.kept), len(vault.errors)) == (1, 1)
 
 
+async def test_what_cannot_be_kept_when_the_sandbox_ends_is_kept_later(vault: Vault, seals: Sealing) -> None:
+    vault.errors += [FULL, FULL]
+    seals.heard(changed(1))
+    await vault.was_asked()
+    async with asyncio.timeout(5):
+        await seals.drain(1000)
+    assert vault.kept == []
+    await vault.has(changed(1))
+
+
 async def test_a_vault_that_hangs_holds_nothing_up(vault: Vault, seals: Sealing) -> None:
     vault.open.clear()
     seals.heard(changed(1))
