@@ -27,7 +27,7 @@ _HOP = frozenset(
 )  # fmt: skip
 _COOKIES = frozenset((b"cookie", b"cookie2"))
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"x-auth-token"))
-_KEY_PARAMETERS = frozenset((b"key", b"api_key", b"access_token"))
+_KEY_PARAMETERS = frozenset((b"key", b"api_key", b"access_token", b"oauth_token", b"bearer_token"))
 _REQUEST_DROPS = _HOP | _CREDENTIALS | _COOKIES
 _LISTS = frozenset((b"anthropic-beta", b"openai-beta"))
 """Headers that hold a list: what is put in joins what the sandbox sends."""
