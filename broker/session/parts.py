@@ -7,7 +7,7 @@ reads when it starts, ``mcp``, ``settings`` and ``files`` what a running agent s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from broker.config import AgentConfig, Config
@@ -30,7 +30,7 @@ class Wanted:
     """
 
     agent: AgentSpec
-    values: Mapping[str, Any]
+    values: Mapping[str, Any] = field(repr=False)
     hashes: Mapping[str, str]
     program: tuple[str, ...] = ()
 

@@ -101,7 +101,7 @@ class Preamble(Message):
     TYPE: ClassVar[str] = "preamble"
     kind: str
     version: int
-    secret: bytes = b""
+    secret: bytes = field(default=b"", repr=False)
     segment: int = -1
 
 
@@ -126,7 +126,7 @@ class AgentSpec(Message):
     name: str
     protocol: str
     command: list[str]
-    env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict, repr=False)
     files: dict[str, str] = field(default_factory=dict)
     cwd: str = "/"
     init_timeout_s: float = 60.0
@@ -143,7 +143,7 @@ class Welcome(Message):
 
     TYPE: ClassVar[str] = "welcome"
     incarnation: int
-    secret: bytes
+    secret: bytes = field(repr=False)
     session: str = ""
     agent_spec: AgentSpec | None = None
     agent_hash: str = ""
@@ -181,7 +181,7 @@ class Bind(Message):
     TYPE: ClassVar[str] = "bind"
     id: int
     generation: int
-    parts: dict[str, Any]
+    parts: dict[str, Any] = field(repr=False)
     hashes: dict[str, str]
 
 
@@ -280,7 +280,7 @@ class Refreshed(Message):
 
     TYPE: ClassVar[str] = "refreshed"
     path: str
-    content: bytes
+    content: bytes = field(repr=False)
     after: list[str] = field(default_factory=list)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from broker.config import Config
 from broker.session.parts import BOUND, KINDS, Wanted, agent_spec, servers, wanted
 from broker.session.sections import SandboxConfig, assemble
+from sandbox_agent.wire.messages import Bind, Preamble, Refreshed, Welcome
 
 CONFIG = Config.model_validate(
     {
@@ -134,3 +135,11 @@ def test_what_a_user_adds_to_a_command_names_nothing_of_the_host() -> None:
     config = user(settings={"model": "/etc/shadow", "agent": {"claude": {"args": ["/home/somebody/.ssh"]}}})
     assert parts(config).program == ("agent", "--stdio")
     assert parts(config).agent.command[2:] == ["/home/somebody/.ssh", "--model", "/etc/shadow"]
+
+
+def test_what_is_on_its_way_to_or_from_a_sandbox_shows_no_secret() -> None:
+    files = [{"path": ".cli/auth.json", "mode": 0o600, "content": b"hush-file"}]
+    told = parts(user(env={"TOKEN": "hush-env"}), files=files)
+    bind = Bind(1, 1, dict(told.values), dict(told.hashes))
+    messages = (bind, Refreshed("p", b"hush-file"), Welcome(1, b"hush"), Preamble("control", 1, b"hush"))
+    assert "hush" not in repr((told, *messages))
