@@ -254,7 +254,7 @@ class Session:
         self._idling.look()
 
     async def let_go(self) -> None:
-        """Nobody is expected any more: what was made ready for them is stopped, unless it is in use, or was just now."""
+        """Nobody is expected any more: what was made ready for them is stopped, unless it is of use."""
         self._idling.unexpected()
         await self._mailbox.ask(self._resting.settle)
 
