@@ -63,12 +63,14 @@ class SandboxSpec:
 
 @dataclass(frozen=True)
 class Found:
-    """A sandbox that ``list`` found: the driver's ``ref``, its slot and how it is."""
+    """A sandbox that ``list`` found: the driver's ``ref``, its slot and how it is. ``image``: id of what it was made
+    from, as ``prepare_image`` gives it; "" where there is none."""
 
     ref: str
     slot: str
     incarnation: int
     liveness: Liveness
+    image: str = ""
 
 
 @dataclass(frozen=True)

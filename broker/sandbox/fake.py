@@ -71,6 +71,7 @@ class FakeSandbox:
     installation: str
     spec: SandboxSpec
     script: Script
+    image: str = ""
     liveness: Liveness = "created"
     welcome: Welcome | None = None
     applied: dict[str, str] = field(default_factory=dict)
@@ -164,7 +165,7 @@ class FakeDriver:
             if box.spec.slot == spec.slot and box.spec.incarnation == spec.incarnation and box.liveness == "created":
                 del self.engine.sandboxes[box.ref]
         ref = f"fake-{next(self.engine.numbers)}"
-        self.engine.sandboxes[ref] = FakeSandbox(ref, self._installation, spec, script)
+        self.engine.sandboxes[ref] = FakeSandbox(ref, self._installation, spec, script, self.engine.image)
         return ref
 
     async def start(self, ref: str) -> None:
@@ -228,7 +229,7 @@ class FakeDriver:
     async def list(self) -> list[Found]:
         self._called("list")
         return [
-            Found(box.ref, box.spec.slot, box.spec.incarnation, box.liveness)
+            Found(box.ref, box.spec.slot, box.spec.incarnation, box.liveness, box.image)
             for box in self.engine.sandboxes.values()
             if box.installation == self._installation
         ]

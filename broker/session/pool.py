@@ -414,7 +414,7 @@ class Pool:
         except (CortexError, TimeoutError) as error:
             log.warning("warm_sandbox_not_adopted", slot=adopted.slot.id, error=str(error))
         else:
-            self._put(shelf, Member(box))
+            self._put(shelf, Member(box, adopted.found.image))
         finally:
             shelf.making -= 1
             self._soon()

@@ -134,6 +134,7 @@ async def test_a_new_driver_adopts_what_runs(world: Rig) -> None:
     world.driver = world.another()
     await world.driver.open()
     assert {(f.ref, f.liveness) for f in await world.driver.list()} == {(ref, "running"), (created, "created")}
+    assert {f.image for f in await world.driver.list()} == {await world.driver.prepare_image()}
     if before is not None:
         await before.close()
         assert (await slot.peer()).pid == before.pid

@@ -601,8 +601,9 @@ def test_many_old_ones_are_put_away_a_few_at_a_time() -> None:
 # Restarts
 
 
-def found(agent: str = "a", number: int = 1) -> Adopted:
-    return cast(Adopted, SimpleNamespace(record=SimpleNamespace(agent=agent), slot=SimpleNamespace(id=f"s{number}")))
+def found(agent: str = "a", number: int = 1, image: str = "") -> Adopted:
+    slot, there = SimpleNamespace(id=f"s{number}"), SimpleNamespace(image=image)
+    return cast(Adopted, SimpleNamespace(record=SimpleNamespace(agent=agent), found=there, slot=slot))
 
 
 def test_those_of_the_last_broker_are_taken_in_before_any_is_made() -> None:
@@ -627,6 +628,19 @@ def test_one_that_cannot_be_taken_in_is_made_up_for() -> None:
         await world.filled(30)
         assert world.sizes() == {"hot": 1, "paused": 1}
         assert world.warmer.begun == 2
+
+    play(scene)
+
+
+def test_one_whose_image_was_built_anew_while_no_broker_ran_goes() -> None:
+    async def scene(world: World) -> None:
+        world.pool.adopt(found(image=world.engine.image))
+        world.pool.adopt(found(number=2, image="sha256:older"))
+        await world.filled(30)
+        same, older, _ = world.warmer.made
+        assert not same.ends
+        assert older.ends == ["put_away"]
+        assert len(world.shelf()) == 2
 
     play(scene)
 
