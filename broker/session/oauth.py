@@ -92,7 +92,7 @@ def expiry(token: str, expires_in: object, now: float) -> float:
     if isinstance(expires_in, (int, float, str)):
         try:
             life = float(expires_in)
-        except ValueError:
+        except (ValueError, OverflowError):
             life = 0.0
         if 0 < life < MAX_LIFE_S:
             return now + life

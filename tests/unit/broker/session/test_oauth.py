@@ -115,6 +115,11 @@ def test_an_answer_without_a_usable_token_is_none(answer: dict[str, Any]) -> Non
         renewed(OLD, answer, NOW)
 
 
+def test_a_life_beyond_all_numbers_loses_no_token() -> None:
+    fresh = renewed(OLD, {"access_token": "at2", "refresh_token": "rt2", "expires_in": 10**400}, NOW)
+    assert fresh.value == {**OLD.value, "access_token": "at2", "refresh_token": "rt2"}  # type: ignore[dict-item]
+
+
 def test_a_life_that_the_answer_leaves_out_stays_too() -> None:
     assert renewed(OLD, {"access_token": "at2"}, NOW, 600).expires_at == NOW + 600
     assert renewed(OLD, {"access_token": "at2", "expires_in": 60}, NOW, 600).expires_at == NOW + 60
