@@ -25,6 +25,8 @@ class Row:
     workspace: str = "main"
     role: str = "session"
     welcomed: bool = True
+    agent: str = "demo"
+    boot: str = ""
 
 
 class House:
@@ -202,3 +204,23 @@ async def test_a_home_that_cannot_be_set_aside_keeps_no_broker_from_starting(hou
     assert "quarantine" in outcome.failed[running]
     assert outcome.freed == [other]
     assert house.at_rest("bob") == "bob"
+
+
+async def test_a_warm_sandbox_goes_on_with_the_blank_home_that_is_nobodys(house: House) -> None:
+    slot = house.slot(user=None)
+    house.driver.place("r", slot)
+    outcome = await house.run(Row(slot, role="warm", user="", workspace=""))
+    assert [adopted.slot.id for adopted in outcome.adopted] == [slot]
+
+
+@pytest.mark.parametrize("user", [None, "ann"])
+async def test_a_warm_sandbox_that_was_about_to_be_somebodys_goes(house: House, user: str | None) -> None:
+    """Killed in the middle of a claim: the row says warm though a home is inside, or there is no home at all."""
+    slot = house.slot(user=user)
+    if user is None:
+        os.rmdir(house.state / "slots" / slot / "vol" / "home")
+    house.driver.place("r", slot)
+    outcome = await house.run(Row(slot, role="warm", user="", workspace=""))
+    assert (outcome.adopted, outcome.removed) == ([], ["r"])
+    if user is not None:
+        assert house.at_rest() == "ann"
