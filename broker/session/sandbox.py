@@ -277,6 +277,8 @@ class Sandbox:
         if self.gateway_hash == digest:
             return False
         identity = {"user": self.owner.user, "workspace": self.owner.workspace, "session": self.owner.session_id}
+        # What is not acknowledged may be told to the next gateway: until then it is not known what the slot has.
+        self.gateway_hash = ""
         await self.runtime.gateway.put_slot(
             self.slot.id, self.incarnation, identity, providers, egress, self.sockets.fds
         )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from broker.errors import Code, CortexError
 from broker.metrics import STATE_WRITES
@@ -167,6 +170,29 @@ async def test_a_provider_that_the_operator_changes_is_told_to_the_gateway(tmp_p
         assert applied.error is not None
         assert "credential_file" in applied.error["hint"]
         assert session.state == "ready"
+
+
+async def test_a_credential_that_the_gateway_did_not_acknowledge_is_taken_back_all_the_same(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("one")
+    provider = {"kind": "anthropic", "base_url": "http://127.0.0.1:1", "credential_file": str(key)}
+    async with rig(gateway={"providers": {"anthropic": provider}}) as world:
+        session = await world.ready()
+        put = world.gateway.put_slot
+
+        async def unanswered(*args: Any) -> None:
+            await put(*args)
+            raise CortexError(Code.GATEWAY_DOWN, "no answer", hint="it is told to the next gateway")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(world.gateway, "put_slot", unanswered)
+            key.unlink()
+            key.write_text("two")
+            assert (await session.config_changed("credentials")).state == "failed"
+        key.unlink()
+        key.write_text("one")
+        assert (await session.config_changed("credentials")).effect == {"gateway": "now"}
+        assert world.gateway.slots[world.box.spec.slot][1]["anthropic"].credential == "one"
 
 
 async def test_client_frames_wait_while_a_bind_is_on_its_way_for_a_bounded_time() -> None:
