@@ -24,7 +24,12 @@ _SECRET_KEY = re.compile(
 _IN_TEXT = (
     (re.compile(r"(?i)\b(bearer|basic)[ .]+[A-Za-z0-9._~+/=-]{8,}"), rf"\1 {STARS}"),
     (re.compile(r"\bcx1\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+"), STARS),
-    (re.compile(r"\b(whsec_|sk-|AIza|AKIA|ghp_|gho_|glpat-|xox[bp]-|ya29\.)[A-Za-z0-9_+/=-]{8,}"), STARS),
+    (
+        re.compile(
+            r"\b(whsec_|sk-|AIza|AKIA|gh[oprsu]_|github_pat_|glpat-|xox[a-z]-|ya29\.|1//0|GOCSPX-)[A-Za-z0-9_+/=-]{8,}"
+        ),
+        STARS,
+    ),
     # JSON Web Tokens: two or three parts, the first of which begins with {".
     (re.compile(r"\beyJ[A-Za-z0-9_-]{6,}(\.[A-Za-z0-9_-]+){1,2}"), STARS),
     (re.compile(r"(?i)\b((?:https?|wss?)://)[^\s/@\"']+@"), rf"\1{STARS}@"),

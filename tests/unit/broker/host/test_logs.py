@@ -68,6 +68,9 @@ def test_secrets_never_come_out(out: io.StringIO) -> None:
         error=ValueError("key sk-hunter2hunter2"),
         jwt="got eyJhbGciOiJub25lIn0.hunter2hunter2.hunter2 from it",
         google="ya29.hunter2hunter2",
+        refresh="was 1//0hunter2hunter2 of GOCSPX-hunter2hunter2",
+        github="ghs_hunter2hunter2 and github_pat_hunter2hunter2",
+        slack="xoxe-hunter2hunter2",
         attach="cx1.YW5uL21haW4.hunter2hunter2hunter2hunter2hunter2hunter2h",
     )
     try:
