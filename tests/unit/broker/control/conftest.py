@@ -86,8 +86,9 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     keeper = await Keeper.open(db, KeyFile(tmp_path / "state" / "vault.key"), bytes(32))
     foresight = Foresight(ActivityStore(db), lambda: config.pool, lambda: clock[0])
     front, pool = "ws://127.0.0.1:1", empty_pool()
-    about = (registry, access, UserStore(db), lambda: config, lambda: front, checks)
-    control = Control(*about, keeper, foresight, lambda: pool)
+    control = Control(
+        registry, access, UserStore(db), lambda: config, lambda: front, checks, keeper, foresight, lambda: pool
+    )
     server = ControlServer(control)
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
