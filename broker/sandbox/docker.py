@@ -232,7 +232,7 @@ class DockerDriver:
         for row in await self._engine.list(self._label):
             slot, incarnation = row["Labels"].get(f"{LABEL}slot"), row["Labels"].get(f"{LABEL}incarnation", "")
             if slot and incarnation.isdigit():
-                state, image = docker_spec.liveness(row["State"]), row.get("ImageID", "")
+                state, image = docker_spec.liveness(row["State"]), row["ImageID"]
                 found.append(Found(row["Id"], slot, int(incarnation), state, image))
         return found
 

@@ -203,12 +203,12 @@ class Engine:
         return await self._call("inspect", lambda docker: _or_none(docker.containers.container(ref).show()))
 
     async def list(self, label: str) -> list[dict[str, Any]]:
-        """Id, Labels and State of the containers in every state that carry ``label`` (``key=value``)."""
+        """Id, ImageID, Labels and State of the containers in every state that carry ``label`` (``key=value``)."""
         filters = json.dumps({"label": [label]})
 
         async def get(docker: aiodocker.Docker) -> list[dict[str, Any]]:
             rows = await docker.containers.list(all=True, filters=filters)
-            return [{key: row[key] for key in ("Id", "Labels", "State")} for row in rows]
+            return [{key: row[key] for key in ("Id", "ImageID", "Labels", "State")} for row in rows]
 
         return await self._call("list", get)
 
