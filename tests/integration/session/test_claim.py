@@ -54,6 +54,9 @@ async def test_a_new_users_session_is_a_claim_whose_blank_home_becomes_theirs() 
         assert identity == {"user": "ann", "workspace": "main", "session": session.id}
         (row,) = await world.rows.sandboxes()
         assert (row.role, row.user) == ("session", "ann")
+        assert box.link.journal is not None
+        assert not await world.rows.sandbox_claim(box.slot.id, box.incarnation, "bob", "main")
+        assert await world.rows.sandboxes() == [row]
         client = Client()
         session.attach(client)
         stream = await session.open_stream(client.attach)
