@@ -181,8 +181,8 @@ class Shelf:
         self.recent.append(result == "hit")
 
     def sizes(self) -> dict[str, int]:
-        """How many are making, hot, paused and ending."""
-        hot = sum(len(self._rows[row]) for row in HOT)
+        """How many are making, hot, paused and ending. One that is about to be paused still runs."""
+        hot = sum(len(self._rows[row]) for row in HOT) + len(self._pausing)
         return {"making": self.making, "hot": hot, "paused": len(self) - hot, "ending": len(self._ending)}
 
     def pass_time(self, now: float) -> None:
