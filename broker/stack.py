@@ -133,7 +133,7 @@ class Stack:
             shelf=shelf,
             credentials=self._credentials,
             installation_key=self._identity.key,
-            image=config.sandbox.docker.image if self.driver.name == "docker" else self.driver.name,
+            image=made_from(config),
             activity=self.foresight.activity,
         )
         self.pool = Pool(runtime, WarmMaker(runtime), users=lambda: self.registry.warm())
@@ -185,6 +185,13 @@ class Stack:
             needed = False
         if not needed:
             await self._child.stop(2.0)
+
+
+def made_from(config: Config) -> str:
+    """What the driver makes sandboxes from, as far as config.toml says: part of the boot hash."""
+    sandbox = config.sandbox
+    settings = sandbox.docker if sandbox.driver == "docker" else sandbox.process
+    return f"{sandbox.driver} {settings.model_dump_json(exclude={'host', 'call_timeout_s'})}"
 
 
 def state_dir(config: Config) -> Path:

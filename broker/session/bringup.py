@@ -195,17 +195,17 @@ class BringUp:
             return None
         self.sandbox = box
         self.subject.on_placed(box)
+        self.timeline.path = "generic_warm"
         try:
-            latest = await self._claim(box, first, generation, cached)
+            return await self._claim(box, first, generation, cached)
         except CortexError as error:
             log.warning("claim_failed", session=self.subject.session_id, slot=box.slot.id, error=str(error))
             POOL_CLAIMS.labels("generic", "failed").inc()
             with self.timeline.stage("put_away"):
                 await box.put_away(grace_s=0)
             self.sandbox = None
+            self.timeline.path = "cold"
             return None
-        self.timeline.path = "generic_warm"
-        return latest
 
     async def _claim(self, box: Sandbox, first: Assembled, generation: int, cached: Assembled | None) -> Prepared:
         claim = Claim(box, self.subject.owner, on_status=self.subject.on_status, on_lost=self._lost)

@@ -75,7 +75,11 @@ class WarmMaker:
 
     async def adopt(self, adopted: Adopted, on_lost: OnLost, on_left: OnLeft = _until_restart) -> Sandbox:
         record = adopted.record
-        box = self._place(record.agent, adopted.slot, record.incarnation, on_lost, welcomed=True)
+        try:
+            box = self._place(record.agent, adopted.slot, record.incarnation, on_lost, welcomed=True)
+        except CortexError:
+            await self._remove(adopted)
+            raise
         box.ref, box.boot_hash = adopted.found.ref, record.boot
         box.paused = adopted.found.liveness == "paused"
         return await self._or_put_away(box, self._adopt(box), on_left)
@@ -92,6 +96,13 @@ class WarmMaker:
             on_lost=lambda reason: on_lost(box, reason),
         )
         return box
+
+    async def _remove(self, adopted: Adopted) -> None:
+        """Ends one that cannot even be listened to."""
+        runtime, slot = self._runtime, adopted.slot.id
+        await runtime.driver.remove(adopted.found.ref)
+        await runtime.slots.remove(slot)
+        await runtime.store.sandbox_delete(slot)
 
     async def _or_put_away(self, box: Sandbox, work: Coroutine[Any, Any, None], on_left: OnLeft) -> Sandbox:
         timeout = self._runtime.config().session.bringup_timeout_s

@@ -179,8 +179,8 @@ class Database:
             return [[await transaction.execute(sql, params) for sql, params in each.statements] for each in batch]
 
         with mapped("write the store"):
-            if len(batch) == 1 and len(batch[0].statements) == 1:
-                # A statement on its own is a transaction.
+            if len(batch) == 1 and len(batch[0].statements) == 1 and not self._writer.in_transaction:
+                # A statement on its own is a transaction, unless one could not be undone.
                 return await work(Transaction(self._writer))
             return await _in_transaction(self._writer, work)
 
@@ -330,6 +330,8 @@ async def _connect(path: Path, pragmas: Sequence[str]) -> aiosqlite.Connection:
 
 
 async def _in_transaction(connection: aiosqlite.Connection, work: Callable[[Transaction], Coroutine[Any, Any, T]]) -> T:
+    if connection.in_transaction:
+        await connection.execute_fetchall("ROLLBACK")
     await connection.execute_fetchall("BEGIN IMMEDIATE")
     try:
         result = await work(Transaction(connection))

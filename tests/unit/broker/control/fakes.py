@@ -152,6 +152,9 @@ class FakeSession:
     def prewarm(self, *, announced: bool = True) -> None:
         self.announced += announced
 
+    async def let_go(self) -> None:
+        self.stops += 1
+
     async def stop(self) -> None:
         self.stops += 1
         self.state = "stopped"

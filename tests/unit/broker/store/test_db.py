@@ -287,3 +287,11 @@ async def test_what_still_waits_when_the_store_closes_is_told_so(db: Database) -
     await db.close()
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(answer == [1] or isinstance(answer, CortexError) for answer in answers)
+
+
+async def test_a_write_after_an_undo_that_failed_is_a_transaction_of_its_own(db: Database) -> None:
+    await db.write(("CREATE TABLE t (a INTEGER PRIMARY KEY) STRICT", ()))
+    await db._writer.execute_fetchall("BEGIN IMMEDIATE")
+    await db._writer.execute_fetchall("INSERT INTO t VALUES (1)")
+    await db.write(("INSERT INTO t VALUES (2)", ()))
+    assert await db.read("SELECT a FROM t") == [(2,)]
