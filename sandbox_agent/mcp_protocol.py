@@ -112,6 +112,8 @@ def items(value: Any, key: str) -> Items:
 def messages(line: bytes) -> list[Any]:
     """The messages on a line; more than one only in a batch (2025-03-26). Raises ``ValueError``."""
     value = jsonrpc.parse(line)
+    if value == []:
+        raise ValueError("an empty batch")
     return value if isinstance(value, list) else [value]
 
 

@@ -196,6 +196,8 @@ class Server(Peer):
 
     async def _list(self, kind: str) -> None:
         self._stale.discard(kind)
+        if self.state != "up":
+            return
         try:
             found = await mcp_lists.fetch(self, kind)
         except Gone:  # not answered in time; if it has died, the old list is still the best

@@ -28,7 +28,7 @@ class Desk(Protocol):
 
 
 class Client(Peer, asyncio.Protocol):
-    """``capabilities``: what it said in ``initialize``. ``seen``: version by kind of the lists that it was given."""
+    """``capabilities``: what it said in ``initialize``. ``seen``: version by kind of the lists that it may have."""
 
     def __init__(self, desk: Desk) -> None:
         super().__init__()

@@ -80,6 +80,7 @@ class Requests:
         client.capabilities = capabilities if isinstance(capabilities, dict) else {}
         self._on_client(client)
         catalog = self._board.catalog
+        client.seen = dict(self._board.versions)  # what it asks for from now on is no older
         able: dict[str, Any] = {
             "tools": {"listChanged": True},
             "prompts": {"listChanged": True},

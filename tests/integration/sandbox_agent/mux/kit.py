@@ -89,16 +89,16 @@ class Agent:
         async with asyncio.timeout(DEADLINE_S):
             return await self.begin(method, params)[1]
 
-    def call(self, tool: str, meta: Any = None, **arguments: Any) -> asyncio.Future[Any]:
+    def call(self, tool: str, /, meta: Any = None, **arguments: Any) -> asyncio.Future[Any]:
         params = {"name": tool, "arguments": arguments} | ({"_meta": meta} if meta else {})
         return self.begin("tools/call", params)[1]
 
-    async def text(self, tool: str, **arguments: Any) -> str:
+    async def text(self, tool: str, /, **arguments: Any) -> str:
         """The text that a tool answers."""
         async with asyncio.timeout(DEADLINE_S):
             return text(await self.call(tool, **arguments))
 
-    async def value(self, tool: str, **arguments: Any) -> Any:
+    async def value(self, tool: str, /, **arguments: Any) -> Any:
         return json.loads(await self.text(tool, **arguments))
 
     def tell(self, method: str, **params: Any) -> None:
@@ -207,3 +207,28 @@ class Place:
         for agent in self.agents:
             await agent.close()
         await self.mux.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+async def gone(pid: int) -> None:
+    """Waits for the end of a process."""
+    try:
+        number = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    over = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(number, over.set)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            await over.wait()
+    finally:
+        loop.remove_reader(number)
+        os.close(number)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from typing import Any
 
-SETUP: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
+SETUP: dict[str, Any] = json.loads(sys.argv[1]) if __name__ == "__main__" else {}
 TOOLS = [
     "echo", "wait", "release", "heard", "environment", "die", "add", "ask", "log", "big", "link", "flood",
-    "twice", "garbage", "change", "silent", "progress",
+    "twice", "garbage", "change", "silent", "progress", "bear",
 ]  # fmt: skip
 
 
@@ -30,6 +31,9 @@ def notify(method: str, **params: Any) -> None:
 class Server:
     def __init__(self) -> None:
         self.tools = [f"{SETUP.get('prefix', '')}{name}" for name in TOOLS] + SETUP.get("tools", [])
+        if "more" in SETUP:
+            with open(SETUP["more"]) as more:
+                self.tools += more.read().split()
         self.notes: list[Any] = []
         self.waiting: list[Any] = []
         self.asked: dict[str, Any] = {}
@@ -98,9 +102,10 @@ class Server:
         if SETUP.get("refuse"):
             return None
         able: dict[str, Any] = {"tools": {"listChanged": True}, "logging": {}}
-        able |= {name: {"listChanged": True} for name in ("prompts",) if name in SETUP}
-        able |= {"resources": {"subscribe": True} for name in ("resources", "templates") if name in SETUP}
-        able |= {"completions": {}} if "prompts" in SETUP else {}
+        if "prompts" in SETUP:
+            able |= {"prompts": {"listChanged": True}, "completions": {}}
+        if "resources" in SETUP or "templates" in SETUP:
+            able["resources"] = {"subscribe": True}
         answer = {
             "protocolVersion": SETUP.get("version", params["protocolVersion"]),
             "capabilities": able,
@@ -138,6 +143,14 @@ class Server:
         group = os.getpgid(0) == os.getpid()
         state = {"env": dict(os.environ), "cwd": os.getcwd(), "leader": group, "hello": self.hello}
         self.answer(request_id, state)
+
+    def bear(self, request_id: Any, values: dict[str, Any], meta: dict[str, Any]) -> None:
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                signal.pause()
+        self.answer(request_id, child)
 
     def die(self, request_id: Any, values: dict[str, Any], meta: dict[str, Any]) -> None:
         os.write(2, b"the last words\n")
@@ -191,6 +204,8 @@ class Server:
 
 
 if __name__ == "__main__":
+    if SETUP.get("stubborn"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if SETUP.get("die"):
         os.write(2, b"born dead\n")
         sys.exit(3)
