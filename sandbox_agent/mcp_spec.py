@@ -33,7 +33,7 @@ def parse(server: Any) -> ServerSpec:
     name, command = server.get("name"), server.get("command")
     args, env = server.get("args", []), server.get("env", [])
     if server.get("type", "stdio") != "stdio":
-        raise ValueError(f"type {str(server['type'])[:40]!r} is not stdio")
+        raise ValueError(f"its type {str(server['type'])[:40]!r} is not stdio")
     if not _text(name) or not name:
         raise ValueError("its name is not a text")
     if not _text(command) or not command:
