@@ -64,9 +64,12 @@ class Halting(Crashing):
 
     async def halted(self) -> None:
         """Returns when it stands still."""
-        async with asyncio.timeout(30):
-            while self._state() != "T":
-                await asyncio.sleep(0.005)
+        try:
+            async with asyncio.timeout(30):
+                while self._state() != "T":
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise AssertionError(f"never at {self.crash_at.read_text()!r}: {self.disarm()}\n{self.log_tail()}") from None
 
     def go_on(self) -> None:
         self.disarm()

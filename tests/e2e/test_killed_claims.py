@@ -17,6 +17,7 @@ import pytest
 from broker.sandbox.slots import home_key
 from tests.e2e.conftest import process_config
 from tests.e2e.harness import BrokerProcess, Client, connected, running, turn
+from tests.e2e.pools import until
 from tests.e2e.stepping import Crashing
 
 pytestmark = pytest.mark.timeout(900)
@@ -49,9 +50,11 @@ async def say(broker: BrokerProcess, text: str) -> str:
 
 async def warm(broker: BrokerProcess) -> None:
     """Returns when a warm sandbox waits."""
-    async with asyncio.timeout(30):
-        while await broker.metric(HOT) < 1:
-            await asyncio.sleep(0.05)
+
+    async def hot() -> bool:
+        return await broker.metric(HOT) >= 1
+
+    await until(broker, hot)
 
 
 async def still(home: Path) -> bool:
