@@ -97,7 +97,8 @@ class Catalog:
         key = KINDS[kind].key
         first: dict[str, dict[str, Any]] = {}
         for item in items:
-            first.setdefault(item[key], item)
+            if not _needs_task(item):
+                first.setdefault(item[key], item)
         names = mcp_names.safe_names(self.aliases[server], first) if key == "name" else {}
         public: Items = []
         for own, item in first.items():
@@ -110,3 +111,9 @@ class Catalog:
         while uri in self._routes[kind]:
             uri = mcp_names.prefixed(self.aliases[server], uri)
         return uri
+
+
+def _needs_task(item: dict[str, Any]) -> bool:
+    """A tool that can only be called as a task (2025-11-25, experimental), which we do not offer."""
+    execution = item.get("execution")
+    return isinstance(execution, dict) and execution.get("taskSupport") == "required"

@@ -106,3 +106,11 @@ def test_everything_but_the_name_is_as_the_server_said() -> None:
     tool = {"name": "t", "title": "T", "inputSchema": {"type": "object"}, "_meta": {"x": 1}, "icons": []}
     catalog = Catalog({"s": Listing({"tools": {}}, "", {"tools": [tool]})})
     assert json.loads(catalog.bodies["tools"])["tools"] == [{**tool, "name": "s__t"}]
+
+
+def test_a_tool_that_only_runs_as_a_task_is_not_shown() -> None:
+    tools = [{"name": name, "execution": {"taskSupport": name}} for name in ("required", "optional", "forbidden")]
+    assert shown(Catalog({"s": Listing({"tools": {}}, "", {"tools": tools})}), "tools") == [
+        "s__optional",
+        "s__forbidden",
+    ]
