@@ -239,7 +239,7 @@ class Mux:
     async def _run(server: Server, before: asyncio.Task[None] | None) -> None:
         """Once its predecessor is gone: both may want the same port or file."""
         if before is not None:
-            await asyncio.wait({before})
+            await asyncio.wait({before}, timeout=CLOSE_S)
         await server.run()
 
     def _noticed(self) -> None:
