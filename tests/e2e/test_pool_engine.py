@@ -113,7 +113,7 @@ async def test_an_engine_that_is_restarted_with_all_that_it_runs(place: Path, en
 
 async def _none(broker: BrokerProcess) -> bool:
     it = await seen(broker)
-    return it["hot"] + it["paused"] == 0
+    return bool(it["hot"] + it["paused"] == 0)
 
 
 async def test_an_engine_that_is_killed_and_leaves_containers_alone(place: Path, engine: Engine) -> None:
