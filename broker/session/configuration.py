@@ -46,8 +46,9 @@ class Configuration:
 
     @property
     def old(self) -> bool:
-        """Older than ``config_max_age_s``, so that the sources may say something else by now."""
-        return self._clock() - self.assembled_at >= self._runtime.config().session.config_max_age_s
+        """Older than ``config_max_age_s``, so that the sources may say something else by now. One from the future is,
+        too: the clock was set back."""
+        return not 0 <= self._clock() - self.assembled_at < self._runtime.config().session.config_max_age_s
 
     def keep(self, prepared: Prepared, generation: int) -> None:
         """The sandbox has this one; ``generation`` was read before it was assembled."""

@@ -79,17 +79,22 @@ class BrokerProcess:
     async def start(self) -> None:
         """Returns when it answers that it is ready."""
         self.process = await self.spawn()
-        async with asyncio.timeout(START_S), aiohttp.ClientSession() as http:
-            while True:
-                if self.process.returncode is not None:
-                    raise RuntimeError(f"the broker ended with {self.process.returncode}\n{self.log_tail()}")
-                try:
-                    async with http.get(f"{self.control_url}/readyz") as response:
-                        if response.status == 200:
-                            return
-                except aiohttp.ClientConnectionError:
-                    pass
-                await asyncio.sleep(0.05)
+        try:
+            async with asyncio.timeout(START_S), aiohttp.ClientSession() as http:
+                while not await self._is_ready(http):
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise RuntimeError(f"the broker is not ready after {START_S:g} s\n{self.log_tail()}") from None
+
+    async def _is_ready(self, http: aiohttp.ClientSession) -> bool:
+        assert self.process is not None
+        if self.process.returncode is not None:
+            raise RuntimeError(f"the broker ended with {self.process.returncode}\n{self.log_tail()}")
+        try:
+            async with http.get(f"{self.control_url}/readyz") as response:
+                return response.status == 200
+        except aiohttp.ClientConnectionError:
+            return False
 
     async def kill(self) -> None:
         """SIGKILL: nothing is put in order."""
