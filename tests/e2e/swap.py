@@ -128,7 +128,11 @@ class Box:
         self.info = await self.rpc.call("initialize", params)
 
     async def new(self) -> str:
-        """A conversation in the workspace; its id."""
+        """A conversation in the workspace, which is made if it is not there; its id."""
+        workspace = self.home / "workspace"
+        if not workspace.exists():
+            workspace.mkdir()
+            give(workspace)
         self.made = await self.rpc.call("session/new", {"cwd": WORKSPACE, "mcpServers": self.servers})
         return str(self.made.pop("sessionId"))
 
@@ -172,12 +176,6 @@ class Box:
     def last_words(self) -> str:
         """The agent's standard error."""
         return (self.directory / "stderr").read_text()
-
-    async def heard(self, words: str, limit_s: float = 30.0) -> None:
-        """Waits until it says so on its standard error."""
-        async with asyncio.timeout(limit_s):
-            while words not in self.last_words:
-                await asyncio.sleep(0.02)
 
     async def frozen(self) -> None:
         """Stops every process for a moment, as a warm sandbox that is not hot."""
@@ -295,7 +293,8 @@ def directories(root: Path) -> Iterator[Path]:
     slot = root / uuid.uuid4().hex[:6]
     (slot / "vol").mkdir(parents=True)
     (slot / "sock").mkdir()
-    make_home(slot / "vol" / "home", {})
+    (slot / "vol" / "home").mkdir(mode=0o700)
+    give(slot / "vol" / "home")
     yield slot
     shutil.rmtree(slot, ignore_errors=True)
 

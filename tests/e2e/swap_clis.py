@@ -34,13 +34,12 @@ def filled(text: str) -> str:
 @dataclass(frozen=True)
 class Cli:
     """``files``: of a user who has settings of their own; ``taken``: whether a request to the provider shows them.
-    ``run``: a prompt for its own tool; ``parked``: what it says when it is ready for a user."""
+    ``run``: a prompt for its own tool."""
 
     name: str
     files: Mapping[str, str]
     taken: Callable[[dict[str, Any]], bool]
     run: str
-    parked: str = ""
 
     @property
     def shipped(self) -> AgentConfig:
@@ -52,8 +51,6 @@ class Cli:
         cwd = "/" if self.shipped.prewarm == "agent" else WORKSPACE
         await box.start([filled(word) for word in self.shipped.command], shipped | env, cwd)
         await box.initialize()
-        if self.parked and not box.gate.claimed:
-            await box.heard(self.parked)
 
 
 CLAUDE = Cli(
@@ -85,7 +82,6 @@ CLAUDE = Cli(
         )
     ),
     '[[tool=Bash {"command": "pwd | tee here", "description": "probe"}]]',
-    parked="a process is parked",
 )
 CODEX = Cli(
     "codex",

@@ -54,6 +54,7 @@ def main() -> None:
     while not line.endswith(b"\n"):
         line += os.read(0, 1) or sys.exit(0)
     order = json.loads(line)
+    os.makedirs(order["cwd"], exist_ok=True)
     os.chdir(order["cwd"])
     os.execvpe(order["argv"][0], order["argv"], order["env"])
 

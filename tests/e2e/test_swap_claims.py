@@ -108,6 +108,7 @@ async def test_a_returning_user_is_at_home_in_a_generic_sandbox(cli: Cli, world:
         copy_home(first.home, world.at_rest("ann"))
     await world.warm()
     parked = world.pids("claude")
+    assert bool(parked) == (cli is CLAUDE)
     made = await world.broker.session("ann", cli.name)
     assert await world.way("ann") == "generic_warm"
     await world.providers.forget()

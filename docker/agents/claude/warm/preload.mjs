@@ -20,11 +20,12 @@ registerHooks({
 });
 
 const { ClaudeAcpAgent } = await import(new URL("acp-agent.js", dist).href);
-const { learn } = await import("./sdk.mjs");
+const { park } = await import("./sdk.mjs");
 const initialize = ClaudeAcpAgent.prototype.initialize;
 ClaudeAcpAgent.prototype.initialize = async function (request) {
   const answer = await initialize.call(this, request);
   const session = request._meta?.cortex?.unclaimed;
-  if (session) learn(() => this.newSession(session));
+  // Its workspace is not there yet.
+  if (session) await park(() => this.newSession({ ...session, cwd: "/" }));
   return answer;
 };

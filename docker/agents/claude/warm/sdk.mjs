@@ -7,8 +7,9 @@ export * from "@anthropic-ai/claude-agent-sdk";
 let spare;
 let learning = false;
 
-// `open` runs the adapter's own session/new, only to see with which options it would start Claude Code.
-export async function learn(open) {
+// `open` runs the adapter's own session/new, only to see with which options it would start Claude Code. Resolves
+// when a process is parked, or will not be.
+export async function park(open) {
   learning = true;
   try {
     await open();
@@ -17,6 +18,7 @@ export async function learn(open) {
   } finally {
     learning = false;
   }
+  await spare?.settled;
 }
 
 const learnt = new Error("learnt");

@@ -40,11 +40,11 @@ export class Spare {
   #process;
   #options;
 
-  // `options` are an example of those to come; `gone` hears that there is no process.
+  // `options` are an example of those to come; `gone` hears that there is no process. `settled`: it is parked or not.
   constructor(options, gone) {
     this.#fingerprint = fingerprint(options);
     const mine = Object.fromEntries(kept(options).map((key) => [key, late(options[key], () => this.#options[key])]));
-    const parked = prewarm({
+    const started = prewarm({
       options: {
         ...mine,
         sessionId: this.#id,
@@ -53,10 +53,9 @@ export class Spare {
         abortController: this.#abort,
       },
     });
-    parked.then(
+    this.settled = started.then(
       (process) => {
         this.#process = process;
-        console.error("a process is parked");
         process.claimed.catch(() => {});
         process.exited.then(gone);
       },
