@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import tomllib
+import uuid
 from typing import Any
 
 from bench.bringup import MCP_SERVER, Rpc, milliseconds
@@ -39,7 +40,9 @@ class Direct(Rpc):
     def __init__(self, agent: str, url: str) -> None:
         super().__init__()
         shipped = tomllib.loads((ROOT / "config.toml").read_text())["agents"][agent]
-        command = ["docker", "run", "--rm", "-i", "--network", "host", "--user", "64321:64321", "--read-only"]
+        self._name = f"cortex-bench-{uuid.uuid4().hex[:12]}"
+        command = ["docker", "run", "--rm", "-i", "--init", "--name", self._name, "--network", "host"]
+        command += ["--user", "64321:64321", "--read-only"]
         command += [
             "--tmpfs",
             "/vol:uid=64321,gid=64321,exec",
@@ -80,7 +83,7 @@ class Direct(Rpc):
         return str(self.call("session/new", params)[0]["sessionId"])
 
     def close(self) -> None:
-        self._process.kill()
+        subprocess.run(["docker", "rm", "-f", self._name], capture_output=True, timeout=30)
         self._process.communicate()
 
 
