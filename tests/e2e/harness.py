@@ -24,7 +24,7 @@ from acp.ws import create_websocket_stream
 from yarl import URL
 
 ROOT = Path(__file__).parents[2]
-START_S = 30.0
+START_S = 60.0
 IMAGE = os.environ.get("CORTEX_TEST_IMAGE", "cortex-sandbox:latest")
 
 
@@ -223,18 +223,27 @@ async def running(
     try:
         yield broker
     finally:
-        assert broker.process is not None
-        if broker.process.returncode is not None:
-            await broker.start()
-        while views := (await broker.api("GET", "/v1/sessions?limit=100"))["sessions"]:
-            paths = [f"/v1/sessions/{view['user']}/{view['workspace']}" for view in views]
-            await asyncio.gather(*(broker.api("DELETE", path) for path in paths))
-        if "[pool.agents" in broker.config_path.read_text():
-            await broker.drain_pool()
-        await broker.stop()
+        try:
+            await _clear(broker)
+        except BaseException:
+            await broker.kill()
+            raise
     for name in ("slots", "homes"):
         left = os.listdir(broker.state_dir / name)
         assert not left, f"{name} that nobody owns any more: {left}\n{broker.log_tail()}"
+
+
+async def _clear(broker: BrokerProcess) -> None:
+    """Erases its sessions, drains its pools and stops it."""
+    assert broker.process is not None
+    if broker.process.returncode is not None:
+        await broker.start()
+    while views := (await broker.api("GET", "/v1/sessions?limit=100"))["sessions"]:
+        paths = [f"/v1/sessions/{view['user']}/{view['workspace']}" for view in views]
+        await asyncio.gather(*(broker.api("DELETE", path) for path in paths))
+    if "[pool.agents" in broker.config_path.read_text():
+        await broker.drain_pool()
+    await broker.stop()
 
 
 async def start_fails(broker: BrokerProcess) -> tuple[int, str]:

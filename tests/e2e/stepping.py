@@ -69,7 +69,9 @@ class Halting(Crashing):
                 while self._state() != "T":
                     await asyncio.sleep(0.005)
         except TimeoutError:
-            raise AssertionError(f"never at {self.crash_at.read_text()!r}: {self.disarm()}\n{self.log_tail()}") from None
+            raise AssertionError(
+                f"never at {self.crash_at.read_text()!r}: {self.disarm()}\n{self.log_tail()}"
+            ) from None
 
     def go_on(self) -> None:
         self.disarm()
