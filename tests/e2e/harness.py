@@ -99,7 +99,8 @@ class BrokerProcess:
     async def kill(self) -> None:
         """SIGKILL: nothing is put in order."""
         assert self.process is not None
-        self.process.kill()
+        if self.process.returncode is None:
+            self.process.kill()
         await self.process.wait()
 
     async def stop(self) -> int:
