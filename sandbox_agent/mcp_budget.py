@@ -10,8 +10,7 @@ BYTES = 64 * 2**20
 class Budget:
     """Counts in windows of a second."""
 
-    def __init__(self, messages: int = MESSAGES, size: int = BYTES) -> None:
-        self._limits = messages, size
+    def __init__(self) -> None:
         self._begun = float("-inf")
         self._messages = self._bytes = 0
 
@@ -21,6 +20,6 @@ class Budget:
             self._begun, self._messages, self._bytes = now, 0, 0
         self._messages += messages
         self._bytes += size
-        if self._messages <= self._limits[0] and self._bytes <= self._limits[1]:
+        if self._messages <= MESSAGES and self._bytes <= BYTES:
             return 0.0
         return self._begun + WINDOW_S - now

@@ -28,6 +28,13 @@ def notify(method: str, **params: Any) -> None:
     send({"jsonrpc": "2.0", "method": method, "params": params})
 
 
+def pass_gate(name: str) -> None:
+    """Reads the file or pipe of that name in the setup, if there is one."""
+    if name in SETUP:
+        with open(SETUP[name]) as gate:
+            gate.read()
+
+
 class Server:
     def __init__(self) -> None:
         self.tools = [f"{SETUP.get('prefix', '')}{name}" for name in TOOLS] + SETUP.get("tools", [])
@@ -72,6 +79,7 @@ class Server:
         if method == "initialize":
             return self.initialize(params)
         if method == "tools/list":
+            pass_gate("list_gate")
             return self.page(
                 "tools", [{"name": n, "title": f"T {n}", "inputSchema": {"type": "object"}} for n in self.tools], params
             )
@@ -94,9 +102,10 @@ class Server:
 
     def initialize(self, params: dict[str, Any]) -> Any:
         self.hello = params
-        if "gate" in SETUP:
-            with open(SETUP["gate"]) as gate:
-                gate.read()
+        pass_gate("gate")
+        if "die_once" in SETUP and not os.path.exists(SETUP["die_once"]):
+            with open(SETUP["die_once"], "w"):
+                os._exit(4)
         if SETUP.get("hang"):
             return sys.stdin.read()
         if SETUP.get("refuse"):

@@ -82,6 +82,32 @@ async def test_a_list_that_is_another_now_is_told(place: Place, gate: Gate, root
     assert "one__before" not in names
 
 
+async def test_a_list_of_an_earlier_run_counts_until_there_is_another(place: Place, gate: Gate) -> None:
+    one = server("one", list_gate=str(gate.path))
+    await seen_once(place, one)
+    gate.shut()
+    place.mux.set([one])
+    agent = await place.agent()
+    assert (await agent.value("one__echo"))["name"] == "one", "it is up, and asked for its list after this"
+    assert "one__echo" in await agent.names()
+    await gate.open()
+
+
+async def test_a_call_that_waited_for_a_server_that_died_is_not_made_later(
+    place: Place, gate: Gate, root: Path
+) -> None:
+    gate.shut()
+    place.mux.set([server("one", gate=str(gate.path), die_once=str(root / "dead"))])
+    agent = await place.agent()
+    call = agent.call("one__echo", text="old")
+    await agent.ask("ping")
+    await gate.open()
+    assert "exited with code 4" in text(await asyncio.wait_for(call, DEADLINE_S))
+    heard = asyncio.get_running_loop().create_task(agent.value("one__heard"))
+    await gate.open()
+    assert "old" not in str(await heard)
+
+
 async def test_a_call_that_waits_for_its_server_can_be_cancelled(place: Place, gate: Gate) -> None:
     one = server("one", gate=str(gate.path))
     await seen_once(place, one)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sandbox_agent import mcp_process, mcp_protocol, mcp_server, mux, mux_requests
+from sandbox_agent import mcp_budget, mcp_process, mcp_protocol, mcp_server, mux, mux_requests
+from sandbox_agent.stdio import AgentStdio
 from tests.integration.sandbox_agent.mux.kit import DEADLINE_S, Agent, Place, RpcError, alive, gone, server, text
 
 
@@ -155,6 +156,26 @@ async def test_a_flood_of_one_server_holds_up_nobody_else(place: Place) -> None:
     for _ in range(20):
         await works(other, "two")
     assert text(await asyncio.wait_for(flood, DEADLINE_S)) == "flooded"
+
+
+async def test_who_says_too_much_is_not_heard_for_a_while(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mcp_budget, "MESSAGES", 100)
+    monkeypatch.setattr(mcp_budget, "WINDOW_S", 0.05)
+    held: list[bool] = []
+    hold = AgentStdio.hold
+
+    def noted(self: AgentStdio, on: bool) -> None:
+        held.append(on)
+        hold(self, on)
+
+    monkeypatch.setattr(AgentStdio, "hold", noted)
+    place.mux.set([server("one")])
+    agent = await place.agent()
+    assert await agent.text("one__flood", count=3000) == "flooded"
+    assert held[:2] == [True, False]
+    for _ in range(300):
+        agent.send({"id": None, "method": "ping"})
+    assert await agent.ask("ping") == {}
 
 
 async def test_a_server_that_will_not_go_is_killed_with_all_it_started(

@@ -57,6 +57,15 @@ def test_who_is_configured_first_keeps_a_uri_that_two_have() -> None:
     assert shown(catalog, "resources") == ["u:1", "cortex:y:u:1"]
 
 
+def test_a_uri_that_looks_like_one_of_ours_takes_nothing_from_another_server() -> None:
+    catalog = Catalog({"x": listing(resources=["u:1", "cortex:y:u:1"]), "y": listing(resources=["u:1"])})
+    assert [catalog.located(uri, {}) for uri in shown(catalog, "resources")] == [
+        ("x", "u:1"),
+        ("x", "cortex:y:u:1"),
+        ("y", "u:1"),
+    ]
+
+
 def test_the_first_of_two_tools_of_one_name_counts() -> None:
     twice = Listing({"tools": {}}, "", {"tools": [{"name": "t", "v": 1}, {"name": "t", "v": 2}]})
     assert json.loads(Catalog({"s": twice}).bodies["tools"]) == {"tools": [{"name": "s__t", "v": 1}]}

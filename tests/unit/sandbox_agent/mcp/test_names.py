@@ -57,6 +57,7 @@ def test_long_names_differ_by_a_hash_of_all_of_them() -> None:
 
 def test_only_names_that_would_be_alike_are_changed_further() -> None:
     assert safe_names("s", ["a.b"]) == {"a.b": "s__a_b"}
+    assert len(set(safe_names("s", ["a.b", "a b"]).values()) - {"s__a_b"}) == 2, "neither has more right to it"
     both = safe_names("s", ["a.b", "a_b", "a b"])
     assert both["a_b"] == "s__a_b"
     assert re.fullmatch(r"s__a_b_[0-9a-f]{8}", both["a.b"])
