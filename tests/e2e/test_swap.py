@@ -132,14 +132,14 @@ async def test_a_new_user_goes_on_in_the_blank_home(cli: Cli, newcomer: Returned
 # -- Claude Code ---------------------------------------------------------------------------------------
 
 
-NOT_USED = "the parked process is not used"
+USED, NOT_USED = "the parked process is claimed", "the parked process is not used"
 HEADER = json.dumps({"env": {"ANTHROPIC_CUSTOM_HEADERS": "X-Probe: own"}})
 
 
 async def test_claude_claims_its_parked_process(root: Path) -> None:
     first = await first_life(CLAUDE, root)
     life = await claimed_life(CLAUDE, root, first.home)
-    assert NOT_USED not in life.words
+    assert USED in life.words
     assert len(list(life.home.glob(f".claude/projects/*/{life.session}.jsonl"))) == 1, "under the session's own id"
 
 

@@ -30,8 +30,9 @@ export function query(params) {
     spare = new Spare(params.options, () => (spare = undefined));
     throw learnt;
   }
-  const found = spare?.fits(params.options) ? spare : undefined;
-  if (found === undefined) return sdk.query(params);
+  const parked = spare;
   spare = undefined;
-  return found.claim(params);
+  if (parked?.fits(params.options)) return parked.claim(params);
+  parked?.discard("another session came first");
+  return sdk.query(params);
 }

@@ -54,10 +54,10 @@ export class Spare {
       },
     });
     this.settled = started.then(
-      (process) => {
-        this.#process = process;
-        process.claimed.catch(() => {});
-        process.exited.then(gone);
+      (parked) => {
+        this.#process = parked;
+        parked.claimed.catch(() => {});
+        parked.exited.then(gone);
       },
       (error) => {
         console.error("no process is parked:", error);
@@ -83,23 +83,29 @@ export class Spare {
     options.abortController?.signal.addEventListener("abort", () => this.#abort.abort(), { once: true });
     return eventually(
       this.#claim(prompt, options).catch((error) => {
-        console.error("the parked process is not used:", error.message);
-        this.#process.close();
+        this.discard(error.message);
         return start({ prompt, options });
       }),
     );
   }
 
+  discard(why) {
+    console.error("the parked process is not used:", why);
+    this.#abort.abort();
+    this.#process?.close();
+  }
+
   async #claim(prompt, options) {
-    const process = this.#process;
+    const parked = this.#process;
     async function* held() {
-      await process.claimed;
+      await parked.claimed;
       yield* prompt;
     }
     const { cwd, additionalDirectories, permissionMode } = options;
     const model = await modelWhereOnlyThatIsLeft(options);
-    const query = process.claim({ prompt: held(), options: { cwd, additionalDirectories, permissionMode, model } });
-    await process.claimed;
+    const query = parked.claim({ prompt: held(), options: { cwd, additionalDirectories, permissionMode, model } });
+    await parked.claimed;
+    console.error("the parked process is claimed");
     return query;
   }
 }
@@ -115,7 +121,7 @@ async function modelWhereOnlyThatIsLeft({ cwd, env }) {
   return env.ANTHROPIC_MODEL ? undefined : effective.model;
 }
 
-const filled = (value) => value !== undefined && value !== "" && !(value && typeof value === "object" && !Object.keys(value).length);
+const filled = (value) => (typeof value === "object" ? Object.keys(value ?? {}).length > 0 : Boolean(value));
 
 async function read(path) {
   try {
@@ -128,7 +134,10 @@ async function read(path) {
 // The query that `chosen` resolves to, before it does.
 function eventually(chosen) {
   let known;
-  chosen.then((query) => (known = query));
+  chosen.then(
+    (query) => (known = query),
+    () => {},
+  );
   async function* read() {
     yield* await chosen;
   }
