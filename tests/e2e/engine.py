@@ -41,7 +41,8 @@ class Engine:
             return
         (self.directory / "pid").unlink(missing_ok=True)
         data, run = self.directory / "data", self.directory / "exec"
-        command = ["dockerd", "--data-root", str(data), "--exec-root", str(run), "-H", self.address]
+        # In a network of its own: without a bridge it takes down docker0, whoever's that is.
+        command = ["unshare", "--net", "dockerd", "--data-root", str(data), "--exec-root", str(run), "-H", self.address]
         command += ["--pidfile", str(self.directory / "pid"), "--bridge", "none", "--iptables=false"]
         command += ["--shutdown-timeout", "3", *(["--live-restore"] if live_restore else [])]
         with self.log.open("ab") as log:
