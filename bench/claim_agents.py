@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import time
 import tomllib
 import uuid
 from typing import Any
@@ -19,6 +20,8 @@ from tests.e2e.providers import agents_config, stand_in
 AGENTS = ("claude", "codex", "gemini")
 SERVERS = 2
 """MCP servers of each user."""
+EARLY_S = 3.0
+"""A user who is expected comes so long after their sandbox is up."""
 SETTLE = 3
 """Turns before the one that counts as open."""
 
@@ -136,6 +139,7 @@ def go_agent(broker: BrokerProcess, agent: str, url: str, rounds: int) -> dict[s
             see("generic, returning user", came(api, user, agent, "generic_warm"))
             api("POST", f"/v1/sessions/{user}/main/prewarm")
             until(lambda name=user: settled(api, name))  # type: ignore[misc]
+            time.sleep(EARLY_S)
             see("own", came(api, user, agent, "user_warm"))
             api("DELETE", f"/v1/sessions/{user}/main")
             api("PUT", f"/v1/users/{user}-cold/config/limits", {"pids": 300})
