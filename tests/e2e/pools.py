@@ -139,7 +139,9 @@ def inits(broker: BrokerProcess, host: str = "") -> dict[str, int]:
     if broker.driver == "docker":
         for slot in slots(broker):
             for ref in docker("ps", "-q", "--filter", f"label=io.cortex.slot={slot}", host=host).split():
-                found[slot] = int(docker("inspect", "-f", "{{.State.Pid}}", ref, host=host))
+                pid = int(docker("inspect", "-f", "{{.State.Pid}}", ref, host=host))
+                if pid:  # it may have ended since
+                    found[slot] = pid
         return found
     for path in (broker.state_dir / "process").glob("*.json"):
         record = json.loads(path.read_text())
