@@ -96,7 +96,8 @@ class Ahead:
         result = reply.get("result")
         agent_id = result.get("sessionId") if isinstance(result, dict) else None
         if number != self._round:  # nobody wants it any more
-            self._agent.close_session(agent_id)
+            if is_session_id(agent_id):
+                self._agent.close_session(agent_id)
             return
         if is_session_id(agent_id):
             self.agent_id, self._reply = agent_id, reply

@@ -62,11 +62,11 @@ class Restorer:
 
     def _closed(self, conversation: Conversation, reply: Message) -> None:
         """Agents that have it open may go on with the MCP servers it has (codex-acp 2.6 does)."""
-        if not conversation.restoring:
+        if not conversation.restoring or not self._agent.ready:
             return
         conversation.refreshing = "error" in reply
         if conversation.blank and not conversation.refreshing:
-            self._anew(conversation)
+            self._anew(conversation, lost=False)
         else:
             self._reopen(conversation)
 
@@ -110,24 +110,24 @@ class Restorer:
         if conversation.restoring:
             self._chosen(conversation, reply if self._agent.ready else fence)  # not ready: it died meanwhile
 
-    def _anew(self, conversation: Conversation) -> None:
+    def _anew(self, conversation: Conversation, *, lost: bool = True) -> None:
         conversation.quiet = False
         self.making += 1
-        self._agent.call("session/new", self._place(conversation), lambda reply: self._made(conversation, reply))
+        self._agent.call("session/new", self._place(conversation), lambda reply: self._made(conversation, reply, lost))
 
-    def _made(self, conversation: Conversation, reply: Message) -> None:
+    def _made(self, conversation: Conversation, reply: Message, lost: bool) -> None:
         self.making -= 1
-        self._take(conversation, reply)
+        self._take(conversation, reply, lost)
         self._on_made()
 
-    def _take(self, conversation: Conversation, reply: Message) -> None:
+    def _take(self, conversation: Conversation, reply: Message, lost: bool) -> None:
         if not conversation.restoring:
             return
         result = reply.get("result")
         if isinstance(result, dict) and is_session_id(result.get("sessionId")):
             self._conversations.rename(conversation, result["sessionId"])
             self._chosen(conversation, reply)
-            if not conversation.blank:
+            if lost:
                 self._on_lost(conversation)
         elif "error" in reply:
             self._done(conversation, reply)

@@ -197,6 +197,95 @@ async def test_a_conversation_that_cannot_be_opened_again_goes_on_as_it_was(benc
     assert len(bench.agent.all("session/new")) == 1
 
 
+CLOSES = {"loadSession": True, "sessionCapabilities": {"close": {}, "resume": {}}}
+
+
+async def test_a_conversation_is_closed_before_it_is_opened_again(bench: Bench) -> None:
+    """codex-acp 2.6 goes on with the servers it has, as long as it has the conversation."""
+    bench.start(agent=Agent(CLOSES))
+    peer = bench.connect(cortex=True)
+    session = await bench.session(peer)
+    await turn(bench, peer, session)
+    bench.hub.set_mcp([stdio("a")])
+    bench.agent.on["session/close"] = lambda params: None
+    bench.agent.on["session/resume"] = lambda params: {}
+    request = await bench.prompt(peer, session)
+    assert (await bench.agent.asked("session/close"))["params"] == {"sessionId": session}
+    await peer.request("session/list")
+    assert not bench.agent.all("session/resume")
+    bench.agent.answer("session/close", {})
+    assert (await bench.agent.asked("session/resume"))["params"]["mcpServers"] == [Mux.ENTRY]
+    await bench.agent.asked("session/prompt", 2)
+    bench.agent.answer("session/prompt", END)
+    await peer.answer_to(request)
+    assert not [m for m in peer.everything if m.get("method") == "_cortex/status"]
+
+
+async def test_one_in_which_nothing_was_said_is_made_anew_and_nothing_is_lost(bench: Bench) -> None:
+    """No agent has anything of it that it could open."""
+    bench.start(agent=Agent(CLOSES))
+    bench.agent.on["session/close"] = lambda params: {}
+    peer = bench.connect(cortex=True)
+    session = await bench.session(peer)
+    bench.hub.set_mcp([stdio("a")])
+    await bench.prompt(peer, session)
+    asked = await bench.agent.asked("session/prompt")
+    assert asked["params"]["sessionId"] == "s2"
+    assert not bench.agent.all("session/resume")
+    bench.agent.update("s2", "hello")
+    assert (await peer.until(lambda m: of_kind(m) == "agent_message_chunk"))["params"]["sessionId"] == session
+    assert not [m for m in peer.everything if m.get("method") == "_cortex/status"]
+
+
+async def test_one_that_cannot_be_closed_may_still_be_opened_again_or_goes_on(bench: Bench) -> None:
+    def refuses(params: Message) -> Message:
+        raise ValueError("not now")
+
+    bench.start(agent=Agent(CLOSES))
+    bench.agent.on["session/close"] = bench.agent.on["session/resume"] = refuses
+    peer = bench.connect(cortex=True)
+    session = await bench.session(peer)
+    bench.hub.set_mcp([stdio("a")])
+    await turn(bench, peer, session)
+    assert bench.agent.last("session/prompt")["params"]["sessionId"] == "s1"
+    assert len(bench.agent.all("session/resume")) == 1
+    assert not [m for m in peer.everything if m.get("method") == "_cortex/status"]
+
+
+async def test_one_that_was_closed_and_cannot_be_opened_again_is_said_to_have_forgotten(bench: Bench) -> None:
+    def refuses(params: Message) -> Message:
+        raise ValueError("no such file")
+
+    bench.start(agent=Agent(CLOSES))
+    bench.agent.on["session/close"] = lambda params: {}
+    bench.agent.on["session/resume"] = refuses
+    peer = bench.connect(cortex=True)
+    session = await bench.session(peer)
+    await turn(bench, peer, session)
+    bench.hub.set_mcp([stdio("a")])
+    await turn(bench, peer, session)
+    assert bench.agent.last("session/prompt")["params"]["sessionId"] == "s2"
+    told = [m["params"] for m in peer.everything if m.get("method") == "_cortex/status"]
+    assert [params["code"] for params in told] == ["agent.context_lost"]
+
+
+async def test_an_agent_that_dies_between_closing_and_opening_is_asked_again(bench: Bench) -> None:
+    bench.start(agent=Agent(CLOSES))
+    peer = bench.connect()
+    session = await bench.session(peer)
+    await turn(bench, peer, session)
+    bench.hub.set_mcp([stdio("a")])
+    request = await bench.prompt(peer, session)
+    await bench.agent.asked("session/close")
+    agent = Agent(CLOSES)
+    agent.on["session/resume"] = lambda params: {}
+    bench.restart_agent(agent)
+    await agent.asked("session/prompt")
+    assert not agent.all("session/close")
+    agent.answer("session/prompt", END)
+    assert "result" in await peer.answer_to(request)
+
+
 async def test_a_server_with_an_address_reaches_an_open_conversation_when_it_is_loaded(bench: Bench) -> None:
     bench.start()
     peer = bench.connect()
@@ -225,6 +314,25 @@ async def test_the_servers_as_they_were_when_it_was_asked_for_count_not_as_they_
 
 
 # -- the first prompt --------------------------------------------------------------------------------
+
+
+async def test_the_first_prompt_after_a_change_waits_for_the_tools_and_no_other_does(bench: Bench) -> None:
+    bench.spec = LIVE
+    bench.start()
+    bench.hub.set_mcp([stdio("a")])
+    peer = bench.connect()
+    session = await bench.session(peer)
+    await turn(bench, peer, session)
+    bench.mux.settle(False)
+    await turn(bench, peer, session, "a server that has died is not waited for")
+    bench.hub.set_mcp([stdio("b")])
+    request = await bench.prompt(peer, session)
+    await peer.request("session/list")
+    assert len(bench.agent.all("session/prompt")) == 2
+    bench.mux.settle()
+    await bench.agent.asked("session/prompt", 3)
+    bench.agent.answer("session/prompt", END)
+    await peer.answer_to(request)
 
 
 async def test_the_first_prompt_of_a_conversation_waits_for_the_tools_and_no_other_does(bench: Bench) -> None:
