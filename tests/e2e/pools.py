@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +135,26 @@ def docker(*arguments: str, host: str = "") -> str:
 
 def inits(broker: BrokerProcess, host: str = "") -> dict[str, int]:
     """Slot → first process of each sandbox of this broker that runs or is paused, as the host numbers it."""
-    found = {}
     if broker.driver == "docker":
-        for slot in slots(broker):
-            for ref in docker("ps", "-q", "--filter", f"label=io.cortex.slot={slot}", host=host).split():
-                pid = int(docker("inspect", "-f", "{{.State.Pid}}", ref, host=host))
-                if pid:  # it may have ended since
-                    found[slot] = pid
-        return found
-    for path in (broker.state_dir / "process").glob("*.json"):
+        pids = {slot: _container(slot, host) for slot in slots(broker)}
+    else:
+        pids = dict(map(_recorded, (broker.state_dir / "process").glob("*.json")))
+    return {slot: pid for slot, pid in pids.items() if pid and alive(pid)}
+
+
+def _container(slot: str, host: str) -> int:
+    """0 when it is gone, or was never started."""
+    for ref in docker("ps", "-q", "--filter", f"label=io.cortex.slot={slot}", host=host).split():
+        with suppress(AssertionError):
+            return int(docker("inspect", "-f", "{{.State.Pid}}", ref, host=host))
+    return 0
+
+
+def _recorded(path: Path) -> tuple[str, int]:
+    with suppress(FileNotFoundError):
         record = json.loads(path.read_text())
-        if record["init"] and alive(record["init"]["pid"]):
-            found[record["slot"]] = int(record["init"]["pid"])
-    return found
+        return record["slot"], record["init"]["pid"] if record["init"] else 0
+    return "", 0
 
 
 def alive(pid: int) -> bool:

@@ -14,7 +14,7 @@ from tests.e2e import engine as engines
 from tests.e2e.engine import Engine
 from tests.e2e.harness import BrokerProcess, running
 from tests.e2e.pools import filled, homes, inits, newest, pooled, run, seen, shell, slots, stop, until
-from tests.e2e.test_pool_faults import post
+from tests.e2e.test_pool_faults import create
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(400), pytest.mark.asyncio(loop_scope="module")]
 AWAY = ("sandbox.engine_down", "sandbox.engine_timeout", "session.bringup_timeout")
@@ -63,7 +63,7 @@ async def rests(broker: BrokerProcess) -> None:
 
 
 async def told_to_wait(broker: BrokerProcess, user: str) -> None:
-    status, answer = await post(broker, user)
+    status, answer = await create(broker, user)
     assert status in (503, 504), answer
     assert answer["code"] in AWAY, answer
     assert answer["retryable"]
@@ -73,7 +73,7 @@ async def told_to_wait(broker: BrokerProcess, user: str) -> None:
 async def comes(broker: BrokerProcess, user: str) -> str:
     """Tries until it is served; what is in the home then."""
     async with asyncio.timeout(60):
-        while (await post(broker, user))[0] >= 400:
+        while (await create(broker, user))[0] >= 400:
             await asyncio.sleep(0.05)
     said = await run(broker, user, "cat ~/mine")
     assert len(homes(broker, user, "mine")) <= 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import random
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -35,22 +37,27 @@ CLAIM = (
 WAKING = ("before resume", "after resume")
 
 
-async def post(broker: BrokerProcess, user: str) -> tuple[int, dict[str, Any]]:
-    """Asks for a session; status and answer."""
+async def post(broker: BrokerProcess, path: str, body: Any = None) -> tuple[int, str]:
+    """A call of the control API, however it ends."""
     headers = {"Authorization": f"Bearer {broker.admin_token}"}
-    body = {"user": user, "agent": "demo", "wait": "ready"}
     async with (
         aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=100)) as http,
-        http.post(f"{broker.control_url}/v1/sessions", json=body) as response,
+        http.post(f"{broker.control_url}{path}", json=body) as response,
     ):
-        return response.status, await response.json()
+        return response.status, await response.text()
+
+
+async def create(broker: BrokerProcess, user: str) -> tuple[int, dict[str, Any]]:
+    """Asks for a session; status and answer."""
+    status, answer = await post(broker, "/v1/sessions", {"user": user, "agent": "demo", "wait": "ready"})
+    return status, json.loads(answer)
 
 
 @asynccontextmanager
 async def claiming(broker: Halting, step: str) -> AsyncIterator[asyncio.Future[tuple[int, dict[str, Any]]]]:
     """The broker stands still at this step of a claim by ann; afterwards it goes on, and her answer comes."""
     broker.arm(step)
-    asked = asyncio.ensure_future(post(broker, "ann"))
+    asked = asyncio.ensure_future(create(broker, "ann"))
     try:
         await broker.halted()
         yield asked
@@ -59,8 +66,8 @@ async def claiming(broker: Halting, step: str) -> AsyncIterator[asyncio.Future[t
         await asyncio.wait([asked], timeout=100)
 
 
-async def at_home(broker: BrokerProcess, marks: list[str]) -> None:
-    """Ann's home is there once, with all that she ever wrote; it gets one more mark.
+async def at_home(broker: BrokerProcess, marks: list[str], user: str = "ann") -> None:
+    """The user's home is there once, with all that they ever wrote; it gets one more mark.
 
     The answer before may have been of a sandbox that has died since, or of a try that is not over yet.
     """
@@ -68,12 +75,12 @@ async def at_home(broker: BrokerProcess, marks: list[str]) -> None:
     told = ""
     async with asyncio.timeout(60):
         while not told:
-            while (await post(broker, "ann"))[0] >= 400:
+            while (await create(broker, user))[0] >= 400:
                 await asyncio.sleep(0.02)
             with suppress(ConnectionError):
-                told = await run(broker, "ann", f"echo {marks[-1]} >> ~/mine; cat ~/mine")
+                told = await run(broker, user, f"echo {marks[-1]} >> ~/mine; cat ~/mine")
     assert [mark for mark in marks if mark not in told] == []
-    assert len(homes(broker, "ann", "mine")) == 1
+    assert len(homes(broker, user, "mine")) == 1
     assert not list((broker.state_dir / "quarantine").iterdir())
 
 
@@ -241,3 +248,71 @@ async def test_a_disk_that_is_full_in_the_middle_of_a_claim(driver: str, hot: in
                 await at_home(broker, marks)
             assert refused > 0
             await filled(broker, 1)
+
+
+# All at once
+
+
+class Visitor:
+    """Somebody who comes, works, leaves and comes back; what was acknowledged has to be there at the end."""
+
+    def __init__(self, broker: BrokerProcess, name: str, chance: random.Random) -> None:
+        self._broker = broker
+        self._name = name
+        self._chance = chance
+        self.written: list[str] = []
+        self.perhaps: list[str] = []
+
+    async def lives(self, steps: int) -> None:
+        for number in range(steps):
+            what = self._chance.random()
+            if what < 0.6:
+                await self._works(f"{self._name}-{number}")
+            elif what < 0.8:
+                await self._asks("stop")
+            else:
+                await self._asks("prewarm")
+
+    async def _asks(self, what: str) -> None:
+        status, answer = await post(self._broker, f"/v1/sessions/{self._name}/main/{what}")
+        assert status < 400 or json.loads(answer)["code"] == "session.not_found", answer
+
+    async def _works(self, mark: str) -> None:
+        """Whoever is refused is told that they may try again."""
+        status, answer = await create(self._broker, self._name)
+        if status >= 400:
+            assert answer["retryable"], answer
+            return
+        path, text = f"/v1/sessions/{self._name}/main/prompt", f"!echo {mark} >> ~/mine; echo do''ne"
+        status, said = await post(self._broker, path, {"text": text})
+        done = status == 200 and '"done' in said
+        (self.written if done else self.perhaps).append(mark)
+
+
+@pytest.mark.slow
+async def test_sandboxes_that_die_at_random_while_users_come_and_go(place: Path, driver: str) -> None:
+    """Warm ones, claimed ones and used ones; killed, or held for good."""
+    chance = random.Random(7)
+    more = "backoff_s = 0.1\nbreaker_s = 1"
+    after = "[pool.idle]\npause_after_s = 0.5\nfallback_keep_s = 2\n[session]\nbind_timeout_s = 10"
+    config = pooled(4, 2, before="probe_interval_s = 0.5", more=more, after=after)
+    async with running(place, driver, config) as broker:
+        await filled(broker, 4)
+        visitors = {name: Visitor(broker, name, chance) for name in (f"u{number}" for number in range(6))}
+        visits = asyncio.ensure_future(asyncio.gather(*(one.lives(15) for one in visitors.values())))
+        while not visits.done():
+            with suppress(ProcessLookupError, IndexError):
+                pid = chance.choice(sorted(inits(broker).values()))
+                os.kill(pid, signal.SIGKILL if chance.random() < 0.8 else signal.SIGSTOP)
+            await asyncio.wait([visits], timeout=chance.random())
+        await visits
+        for name, visitor in visitors.items():
+            marks: list[str] = []
+            await at_home(broker, marks, name)
+            lines = Path(*homes(broker, name, "mine")).joinpath("mine").read_text().split()
+            assert [mark for mark in visitor.written if mark not in lines] == []
+            assert set(lines) <= {*visitor.written, *visitor.perhaps, *marks}
+            assert len(lines) == len(set(lines))
+        assert sum(len(visitor.written) for visitor in visitors.values()) > 10
+        await filled(broker, 4)
+        assert len(inits(broker)) == len(slots(broker))
