@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from tests.e2e.harness import ROOT, BrokerProcess, Client, connected, free_port,
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 
+SERVER = base64.b64encode((ROOT / "tests" / "e2e" / "swap_mcp.py").read_bytes()).decode()
 needs_bubblewrap = pytest.mark.skipif(bool(process_config()), reason="bubblewrap cannot run here")
 
 
@@ -317,10 +319,11 @@ async def test_a_package_that_cannot_be_installed_is_left_out_and_told(house: Br
     servers = {
         "mcpServers": {
             "broken": {"command": "npx", "args": ["-y", "@cortex-test/does-not-exist@1.0.0"]},
-            "fine": {"command": "/bin/cat", "args": []},
+            "fine": {"command": "python3", "args": ["/vol/home/server.py", "/vol/home"]},
         }
     }
     made = await house.session("pam")
+    await shell(house, made, f"echo {SERVER} | base64 -d > ~/server.py")
     async with unnoticed(bystander):
         await house.api("PUT", "/v1/users/pam/config/mcp", servers)
         async with asyncio.timeout(30):
@@ -331,9 +334,10 @@ async def test_a_package_that_cannot_be_installed_is_left_out_and_told(house: Br
     client = Client()
     async with connected(made["acp_url"], made["token"], client) as agent:
         session = await agent.new_session(cwd="/", mcp_servers=[])
-        await turn(agent, session.session_id, "/mcp")
-    assert "fine" in client.text
-    assert "broken" not in client.text
+        await turn(agent, session.session_id, "/tool fine__alpha {}")
+        await turn(agent, session.session_id, "/tool broken__alpha {}")
+    assert client.text.startswith("called alpha")
+    assert "broken__alpha" in client.text.removeprefix("called alpha"), "there is no such tool"
 
 
 # A sandbox that means ill
