@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+from broker.config_gateway import GatewayConfig, OAuthConfig, ProviderConfig
+from broker.config_types import NAME, AgentName, Bytes, Seconds, Section
 
-Seconds = Annotated[float, Field(gt=0, le=86_400 * 30)]
-Bytes = Annotated[int, Field(ge=1)]
+__all__ = ["NAME", "AgentName", "GatewayConfig", "OAuthConfig", "ProviderConfig", "Section"]
 
 
 def _port(listen: str) -> str:
@@ -36,13 +36,6 @@ Listen = Annotated[
     Field(pattern=r"^(unix:/.+|systemd:[A-Za-z0-9._-]+|\[?[A-Za-z0-9.:-]+\]?:[0-9]{1,5})$"),
     AfterValidator(_port),
 ]
-AgentName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-
-
-class Section(BaseModel):
-    """Base of every table: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class BrokerConfig(Section):
@@ -195,44 +188,6 @@ class AgentConfig(Section):
                 "a websocket agent's command holds {port}, the loopback port it listens on; an acp agent's does not"
             )
         return self
-
-
-class OAuthConfig(Section):
-    token_url: str = Field(
-        "",
-        pattern=r"^(https?://.+)?$",
-        description="Token endpoint (RFC 6749) that renews users' token sets. Empty: this provider has none.",
-    )
-    client_id: str = Field("", description="Client that the token sets were issued to.")
-    client_secret_file: str = Field("", description="File with the client's secret, where it has one; 0600.")
-    body: Literal["form", "json"] = Field("form", description="How the endpoint is asked; form is the standard.")
-    headers: dict[str, str] = Field(
-        {}, description="Sent with every call beside the token. Filled in: {account_id} of the token set."
-    )
-
-
-class ProviderConfig(Section):
-    kind: Literal["anthropic", "openai", "gemini", "ollama"]
-    base_url: str = Field(pattern=r"^https?://", description="Where calls go.")
-    credential_file: str = Field("", description="File with the API key; 0600. Read again when it changes.")
-    ca_file: str = Field("", description="PEM bundle trusted for this provider. Default: the system's.")
-    oauth: OAuthConfig = OAuthConfig()
-
-
-class GatewayConfig(Section):
-    mode: Literal["child", "external"] = Field("child", description="Started by serve, or a unit of its own.")
-    link: str = Field("{runtime_dir}/gateway.sock", description="Socket on which the broker awaits the gateway.")
-    connect_timeout_s: Seconds = Field(10.0, description="Connecting to a provider or an allowed host.")
-    idle_timeout_s: Seconds = Field(600.0, description="A connection on which nothing moves is closed.")
-    max_head_bytes: Bytes = Field(64 * 2**10, description="Largest request or response head.")
-    max_connections_per_sandbox: int = Field(256, ge=1, description="Open connections of one sandbox.")
-    allowed_hosts: tuple[str, ...] = Field(
-        ("registry.npmjs.org", "pypi.org", "files.pythonhosted.org"),
-        description="Hosts that package builds may CONNECT to, port 443.",
-    )
-    private_hosts: tuple[str, ...] = Field((), description="Allowed hosts that may resolve to a private address.")
-    dns_timeout_s: Seconds = Field(5.0, description="Deadline of a name look-up.")
-    providers: dict[AgentName, ProviderConfig] = Field({}, description="Model providers by name.")
 
 
 class PoolAgentConfig(Section):

@@ -103,7 +103,7 @@ async def providers_for(
         ca = await asyncio.to_thread(_read_ca, source, Path(entry.ca_file)) if entry.ca_file else ""
         found = await credentials.get(user, source, entry)
         table[name] = Provider(
-            entry.kind, entry.base_url, found.value, ca, scheme=found.scheme, headers=dict(found.headers)
+            entry.kind, entry.servers[0], found.value, ca, scheme=found.scheme, headers=dict(found.headers)
         )
     return table
 

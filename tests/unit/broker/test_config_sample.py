@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from broker.config import DEMO_AGENT, Config, OAuthConfig, PoolAgentConfig, PoolConfig, ProviderConfig
+from broker.config import DEMO_AGENT, Config, PoolAgentConfig, PoolConfig, ProviderConfig
+from broker.config_gateway import LimitConfig
 from broker.session.sections import default_problems
 from broker.settings import load
 
@@ -44,8 +45,11 @@ def tables() -> Iterator[tuple[str, BaseModel]]:
         if name != "agents":
             yield from below(name, getattr(config, name))
     yield "agents.demo", DEMO_AGENT
-    yield "gateway.providers.anthropic", ProviderConfig(kind="anthropic", base_url="https://api.anthropic.com")
-    yield "gateway.providers.anthropic.oauth", OAuthConfig()
+    provider = ProviderConfig(kind="anthropic", base_url="https://api.anthropic.com")
+    for path, model in below("gateway.providers.anthropic", provider):
+        # One of the four tables of limits stands for all.
+        if not isinstance(model, LimitConfig) or path.endswith(".provider"):
+            yield path, model
 
 
 @pytest.mark.parametrize(("table", "model"), [pytest.param(*item, id=item[0]) for item in tables()])
