@@ -23,13 +23,13 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class Context:
-    """``report`` tells the broker something by itself: what came out of which slot. ``emptied`` is set
+    """``report`` tells the broker something by itself, or gives False when it is not there. ``emptied`` is set
     whenever the last connection of a sandbox has gone."""
 
     tasks: TaskOwner
     settings: Settings = field(default_factory=Settings)
     stats: Stats = field(default_factory=Stats)
-    report: Callable[[dict[str, Any]], None] = lambda _: None
+    report: Callable[[dict[str, Any]], bool] = lambda _: False
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class Context:
         self._noted = 0
         self._resolvers = [Resolver(self.tasks, lambda: self.settings.dns_timeout_s) for _ in range(2)]
         self.dialer = Dialer(self._resolvers[0], lambda: self.settings.connect_timeout_s, self._resolvers[1])
-        self.pool = Pool(self.dialer, self.stats, lambda: self.settings.max_head_bytes)
+        self.pool = Pool(self.dialer, self.stats, lambda: self.settings.max_head_bytes, self.tasks)
 
     def note(self, event: str, **facts: Any) -> None:
         """Logs what a request caused, so many lines in so many seconds at most: sandboxes must not fill a disk."""

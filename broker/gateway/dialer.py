@@ -31,6 +31,11 @@ class Dialer:
         self._timeout_s = timeout_s
         self._contexts: dict[str, ssl.SSLContext] = {}
 
+    @property
+    def timeout_s(self) -> float:
+        """The deadline of connecting."""
+        return self._timeout_s()
+
     async def dial(self, origin: Origin, factory: Callable[[], P]) -> P:
         """A connected protocol. Raises ``CortexError``: unreachable, or all addresses refused."""
         operators = origin.pooled and origin.private

@@ -15,6 +15,8 @@ class Stats:
     refused: int = 0
     upstream_new: int = 0
     upstream_reused: int = 0
+    upstream_prewarmed: int = 0
+    upstream_waited: int = 0
     upstream_failed: int = 0
     upstream_cut: int = 0
     client_gone: int = 0

@@ -6,12 +6,15 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol, cast
 
-from broker.errors import CortexError
+from broker.errors import Code, CortexError
 from broker.gateway.dialer import Dialer
 from broker.gateway.framing import Body, response_body
 from broker.gateway.heads import END, ResponseHead, parse_response
+from broker.gateway.places import Places
+from broker.gateway.prewarm import Prewarm
 from broker.gateway.routes import Origin
 from broker.gateway.stats import Stats
+from broker.host.tasks import TaskOwner
 
 IDLE_S = 55.0
 """How long an idle connection is kept; common servers and load balancers close at 60 s or more."""
@@ -35,11 +38,13 @@ class Sink(Protocol):
 
 
 class Upstream(asyncio.Protocol):
-    """One connection. ``fresh``: it has carried no exchange yet."""
+    """One connection. ``fresh``: dialled for the call at hand, so it cannot have been closed for being idle."""
 
     def __init__(self, origin: Origin, pool: Pool, max_head: int) -> None:
         self.origin = origin
         self.fresh = True
+        self.used = False
+        self.placed = False
         self.idle_until = 0.0
         self.request_done = True
         self._pool = pool
@@ -83,6 +88,11 @@ class Upstream(asyncio.Protocol):
 
     def _poolable(self) -> bool:
         return self.alive and self.origin.pooled
+
+    @property
+    def lost(self) -> bool:
+        """asyncio has said so."""
+        return self._transport is None
 
     @property
     def alive(self) -> bool:
@@ -168,6 +178,7 @@ class Upstream(asyncio.Protocol):
         sink, head = self._sink, self._head
         self._sink = None
         self.fresh = False
+        self.used = True
         self.hold(False)
         if reusable and head is not None and head.keep_alive and self.request_done and self._poolable():
             self._pool.put(self, min(IDLE_S, IDLE_S if head.keep_alive_s is None else head.keep_alive_s - 1))
@@ -182,63 +193,190 @@ class Upstream(asyncio.Protocol):
             sink.upstream_lost(why)
 
 
-class Pool:
-    """Idle connections by origin, newest first."""
+class _Lane(Places[Upstream]):
+    """What the pool has of one origin: a place for each connection and each dial, idle connections newest last."""
 
-    def __init__(self, dialer: Dialer, stats: Stats, max_head: Callable[[], int]) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.keep_alive = True
+        self.idle: list[Upstream] = []
+        self.max_idle = MAX_IDLE
+        self.prewarm: Prewarm | None = None
+        self.configured = False
+
+    def unwanted(self, thing: Upstream) -> None:
+        thing.abort()
+
+    @property
+    def wanting(self) -> bool:
+        """Fewer are idle than are to be, and another may be opened."""
+        if self.prewarm is None or len(self.idle) >= self.prewarm.count:
+            return False
+        return not self.most or self.taken < self.most
+
+
+class Pool:
+    """Connections by origin: idle ones are used newest first; per origin bounded and opened ahead where configured."""
+
+    def __init__(self, dialer: Dialer, stats: Stats, max_head: Callable[[], int], tasks: TaskOwner) -> None:
         self._dialer = dialer
         self._stats = stats
         self._max_head = max_head
-        self._idle: dict[Origin, list[Upstream]] = {}
+        self._tasks = tasks
+        self._lanes: dict[Origin, _Lane] = {}
+
+    def configure(self, origin: Origin, *, keep_alive: bool, prewarm: int, max_connections: int) -> None:
+        """``prewarm``: so many idle connections are kept open; ``max_connections``: open ones at most, more dials
+        wait. Holds from now on; what is open stays."""
+        lane = self._lane(origin)
+        lane.configured = True
+        lane.keep_alive = keep_alive
+        lane.most = lane.max_idle = max_connections
+        if not keep_alive:
+            self._clear(lane)
+        self._stop_prewarm(lane)
+        if keep_alive and prewarm and origin.pooled:
+            lane.prewarm = Prewarm(
+                min(prewarm, max_connections), lambda: lane.wanting, lambda: self._open_ahead(lane, origin)
+            )
+            lane.prewarm.start(self._tasks)
+        lane.admit()
+
+    def unconfigure(self, origin: Origin) -> None:
+        """As if it had never been configured; idle connections are closed."""
+        lane = self._lanes.get(origin)
+        if lane is not None:
+            self._stop_prewarm(lane)
+            lane.configured, lane.keep_alive, lane.most, lane.max_idle = False, True, 0, MAX_IDLE
+            self._clear(lane)
+            lane.admit()
+            self._tidy(origin, lane)
 
     def take(self, origin: Origin) -> Upstream | None:
         """An idle connection, no waiting."""
-        idle = self._idle.get(origin)
-        while idle:
-            upstream = idle.pop()
+        lane = self._lanes.get(origin)
+        if lane is None:
+            return None
+        found: Upstream | None = None
+        while lane.idle and found is None:
+            upstream = lane.idle.pop()
             self._stats.idle_upstreams -= 1
-            if not idle:
-                del self._idle[origin]
             if upstream.alive and upstream.idle_until > asyncio.get_running_loop().time():
                 self._stats.upstream_reused += 1
-                return upstream
-            upstream.abort()
-        return None
+                found = upstream
+            else:
+                upstream.abort()
+        if lane.prewarm is not None and lane.wanting:
+            lane.prewarm.wake()
+        return found
 
     async def dial(self, origin: Origin) -> Upstream:
-        """A new one. Raises ``CortexError``."""
-        upstream = await self._dialer.dial(origin, lambda: Upstream(origin, self, self._max_head()))
+        """A new one, or one that came free while this waited for a place. Raises ``CortexError``."""
+        lane = self._lane(origin)
+        if not lane.take():
+            deadline = asyncio.get_running_loop().time() + self._dialer.timeout_s
+            self._stats.upstream_waited += 1
+            while (given := await self._wait(lane, origin, deadline)) is not None:
+                if given.alive:
+                    self._stats.upstream_reused += 1
+                    return given
+        upstream = await self._open(lane, origin)
         self._stats.upstream_new += 1
         return upstream
 
+    async def _wait(self, lane: _Lane, origin: Origin, deadline: float) -> Upstream | None:
+        try:
+            return await lane.wait(deadline - asyncio.get_running_loop().time())
+        except TimeoutError as error:
+            raise CortexError(
+                Code.UPSTREAM_BUSY,
+                f"All {lane.most} connections to {origin.host} are in use",
+                hint="retry; an operator can raise the provider's max_connections",
+            ) from error
+
+    async def _open(self, lane: _Lane, origin: Origin) -> Upstream:
+        """Dials; the place has been taken."""
+        upstream: Upstream | None = None
+        try:
+            upstream = await self._dialer.dial(origin, lambda: Upstream(origin, self, self._max_head()))
+            upstream.placed = not upstream.lost
+        finally:
+            # Not reached, cancelled, or lost as soon as it stood.
+            if upstream is None or not upstream.placed:
+                lane.leave()
+                self._tidy(origin, lane)
+        return upstream
+
+    async def _open_ahead(self, lane: _Lane, origin: Origin) -> None:
+        if lane.take():
+            upstream = await self._open(lane, origin)
+            upstream.fresh = False
+            self._stats.upstream_prewarmed += 1
+            self.put(upstream, IDLE_S)
+
     def put(self, upstream: Upstream, keep_s: float) -> None:
-        """Keeps it for ``keep_s`` seconds."""
-        idle = self._idle.setdefault(upstream.origin, [])
-        if keep_s <= 0 or len(idle) >= MAX_IDLE:
+        """Keeps it for ``keep_s`` seconds, or gives it to a dial that waits."""
+        lane = self._lane(upstream.origin)
+        if keep_s <= 0 or not lane.keep_alive or len(lane.idle) >= lane.max_idle or lane.taken > lane.most > 0:
             upstream.abort()
-            return
-        upstream.idle_until = asyncio.get_running_loop().time() + keep_s
-        idle.append(upstream)
-        self._stats.idle_upstreams += 1
+        elif not lane.hand(upstream):
+            upstream.idle_until = asyncio.get_running_loop().time() + keep_s
+            lane.idle.append(upstream)
+            self._stats.idle_upstreams += 1
 
     def forget(self, upstream: Upstream) -> None:
         """It was lost; it may be idle or not."""
-        idle = self._idle.get(upstream.origin)
-        if idle is not None and upstream in idle:
-            idle.remove(upstream)
-            self._stats.idle_upstreams -= 1
-            if not idle:
-                del self._idle[upstream.origin]
+        lane = self._lanes.get(upstream.origin)
+        if lane is None:
+            return
+        if self._unidle(lane, upstream) and lane.prewarm is not None:
+            if upstream.used:
+                lane.prewarm.wake()
+            else:
+                lane.prewarm.lost_unused()
+        if upstream.placed:
+            upstream.placed = False
+            lane.leave()
+        self._tidy(upstream.origin, lane)
 
     def sweep(self, now: float) -> None:
         """Closes what was idle for too long."""
-        for idle in list(self._idle.values()):
-            for upstream in [each for each in idle if each.idle_until <= now]:
-                self.forget(upstream)
+        for lane in list(self._lanes.values()):
+            for upstream in [each for each in lane.idle if each.idle_until <= now]:
+                self._unidle(lane, upstream)
                 upstream.abort()
+            if lane.prewarm is not None and lane.wanting:
+                lane.prewarm.wake()
 
     def close(self) -> None:
-        for idle in list(self._idle.values()):
-            for upstream in list(idle):
-                self.forget(upstream)
-                upstream.abort()
+        for lane in list(self._lanes.values()):
+            self._stop_prewarm(lane)
+            self._clear(lane)
+
+    def _lane(self, origin: Origin) -> _Lane:
+        lane = self._lanes.get(origin)
+        if lane is None:
+            lane = self._lanes[origin] = _Lane()
+        return lane
+
+    def _tidy(self, origin: Origin, lane: _Lane) -> None:
+        """Sandboxes name hosts without end: of those nothing is kept."""
+        if not (lane.configured or lane.taken or lane.waiting or lane.idle):
+            self._lanes.pop(origin, None)
+
+    def _clear(self, lane: _Lane) -> None:
+        for upstream in list(lane.idle):
+            self._unidle(lane, upstream)
+            upstream.abort()
+
+    def _unidle(self, lane: _Lane, upstream: Upstream) -> bool:
+        if upstream not in lane.idle:
+            return False
+        lane.idle.remove(upstream)
+        self._stats.idle_upstreams -= 1
+        return True
+
+    def _stop_prewarm(self, lane: _Lane) -> None:
+        prewarm, lane.prewarm = lane.prewarm, None
+        if prewarm is not None:
+            prewarm.stop()
