@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from broker.config_gateway import GatewayConfig, OAuthConfig, ProviderConfig
-from broker.config_types import NAME, AgentName, Bytes, Seconds, Section
+from broker.config_types import NAME, AgentName, Bytes, Ecosystem, HostRule, Seconds, Section
 
 __all__ = ["NAME", "AgentName", "GatewayConfig", "OAuthConfig", "ProviderConfig", "Section"]
 
@@ -177,6 +177,12 @@ class AgentConfig(Section):
     credential_env: dict[str, str] = Field(
         {},
         description="Laid over env for a user with a credential of mode file; an empty value takes a variable away.",
+    )
+    egress_hosts: tuple[HostRule, ...] = Field(
+        (), max_length=256, description="Hosts that its sandboxes may reach: name (port 443), name:port or *.name."
+    )
+    egress_ecosystems: tuple[Ecosystem, ...] = Field(
+        (), description="Ready-made lists of hosts: python, node, go, rust, java, ruby, debian, git."
     )
     max_restarts: int = Field(5, ge=0, description="Restarts in a row before the agent counts as failed.")
 

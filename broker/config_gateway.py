@@ -149,6 +149,10 @@ class GatewayConfig(Section):
         description="Hosts that package builds may CONNECT to, port 443.",
     )
     private_hosts: tuple[str, ...] = Field((), description="Allowed hosts that may resolve to a private address.")
+    max_tunnels_per_sandbox: int = Field(128, ge=0, description="Tunnels that one sandbox has open at once. 0: any.")
+    egress_bytes_per_hour: int = Field(
+        0, ge=0, description="What one sandbox may send and receive in an hour, model calls excepted. 0: any."
+    )
     dns_timeout_s: Seconds = Field(5.0, description="Deadline of a name look-up.")
     cache: CacheConfig = CacheConfig()
     providers: dict[AgentName, ProviderConfig] = Field({}, description="Model providers by name.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from http import HTTPStatus
 
 from broker.errors import Code, CortexError
@@ -21,19 +22,26 @@ def answer(error: CortexError, *, close: bool, head_only: bool = False) -> bytes
         {**problem, "type": "error", "error": {"type": error.code.slug, "code": error.code.slug, "message": message}}
     ).encode()
     lines = [
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        f"HTTP/1.1 {status} {_reason(error)}",
         "content-type: application/json",
         f"content-length: {len(body)}",
         f"x-cortex-error: {error.code.slug}",
     ]
     if error.code.retryable:
-        lines.append("retry-after: 1")
+        lines.append(f"retry-after: {math.ceil(error.details.get('retry_after_s', 1))}")
     if error.code is Code.BAD_METHOD:
         lines.append("allow: CONNECT" if error.details.get("proxy") else "allow: GET, HEAD, POST, PUT, PATCH, DELETE")
     if close:
         lines.append("connection: close")
     head = "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
     return head if head_only else head + body
+
+
+def _reason(error: CortexError) -> str:
+    """For refusals of the way out what is wrong: the reason phrase is all that most tools show of a proxy's answer."""
+    if error.code in (Code.EGRESS_DENIED, Code.EGRESS_ADDRESS, Code.EGRESS_LIMIT):
+        return f"{error.what} ({error.code.slug})"
+    return HTTPStatus(error.code.http_status).phrase
 
 
 def unclaimed() -> CortexError:
@@ -75,6 +83,25 @@ def denied(host: str, port: int) -> CortexError:
         f"Access to {host}:{port} is not allowed from this sandbox",
         hint=f'add "{rule}" to the egress section\'s hosts to allow it',
         details={"host": host, "port": port},
+    )
+
+
+def too_many_tunnels(limit: int) -> CortexError:
+    """A sandbox over its limit of tunnels."""
+    return CortexError(
+        Code.EGRESS_LIMIT,
+        f"This sandbox already has {limit} tunnels open",
+        hint="close some, or have an operator raise gateway.max_tunnels_per_sandbox",
+    )
+
+
+def spent(limit: int, retry_after_s: float) -> CortexError:
+    """A sandbox that has moved what it may in an hour."""
+    return CortexError(
+        Code.EGRESS_LIMIT,
+        f"This sandbox has moved its {limit} bytes of this hour",
+        hint="wait, or have an operator raise gateway.egress_bytes_per_hour",
+        details={"retry_after_s": math.ceil(retry_after_s)},
     )
 
 

@@ -78,6 +78,8 @@ class Settings:
     dns_timeout_s: float = 5.0
     max_head_bytes: int = 64 * 2**10
     max_connections_per_sandbox: int = 256
+    max_tunnels_per_sandbox: int = 128
+    egress_bytes_per_hour: int = 0
 
     @classmethod
     def of(cls, config: GatewayConfig) -> Settings:
@@ -88,13 +90,18 @@ class Settings:
     def from_wire(cls, values: dict[str, Any]) -> Settings:
         """From the broker's message. Raises ``MessageError``."""
         try:
-            return cls(**{each.name: _number(values[each.name]) for each in fields(cls)})
+            return cls(**{each.name: _number(each.name, values[each.name]) for each in fields(cls)})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise MessageError(f"not settings: {error}") from error
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+_MAY_BE_ZERO = frozenset(("max_tunnels_per_sandbox", "egress_bytes_per_hour"))
+
+
+def _number(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError("not a number")
+    if value == 0 and name not in _MAY_BE_ZERO:
         raise ValueError("not a positive number")
     return value
 

@@ -69,10 +69,12 @@ class Orders:
         self.alone_since = asyncio.get_running_loop().time()
         self._lost.set()
 
-    def report(self, facts: dict[str, Any]) -> None:
-        """Tells the broker; lost when it is not there or behind."""
-        if self._link is not None and not self._link.congested:
-            self._link.send({"type": "report", **facts})
+    def report(self, facts: dict[str, Any]) -> bool:
+        """Tells the broker; False: it is not there, or behind."""
+        if self._link is None or self._link.congested:
+            return False
+        self._link.send({"type": "report", **facts})
+        return True
 
     def _received(self, message: dict[str, Any], fds: list[int]) -> None:
         listeners = [socket.socket(fileno=fd) for fd in fds]

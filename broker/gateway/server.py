@@ -13,6 +13,7 @@ from typing import cast
 from broker.errors import Code, CortexError
 from broker.gateway import answers
 from broker.gateway.context import Context
+from broker.gateway.egress import Flow
 from broker.gateway.exchange import Exchange
 from broker.gateway.framing import Body, request_body
 from broker.gateway.heads import END, RequestHead, parse_request
@@ -42,6 +43,7 @@ class Connection(asyncio.Protocol):
         self._body: Body | None = None
         self._exchange: Exchange | None = None
         self._tunnel: Tunnel | None = None
+        self._flow: Flow | None = None
         self._discarding = False
         self._head_only = False
         self._closing = False
@@ -142,10 +144,13 @@ class Connection(asyncio.Protocol):
         except CortexError as error:
             self.refuse(error, fatal=head.method == b"CONNECT" or error.code is Code.NO_WEBSOCKET)
             return
-        if way.tunnel_to is not None:
-            self._tunnel = Tunnel(self, way.tunnel_to, context.dialer, context.stats, context.tasks)
+        if way.flow is not None:
+            way.flow.cut = self.abort
+        if way.tunnel_to is not None and way.flow is not None:
+            self._tunnel = Tunnel(self, way.tunnel_to, way.flow, context.dialer, context.stats, context.tasks)
             self._tunnel.start()
         else:
+            self._flow = way.flow
             self._exchange = _exchange(self, head, way, context)
             self._exchange.start()
 
@@ -162,6 +167,8 @@ class Connection(asyncio.Protocol):
             return b""
         if body.done:
             self._body = None
+        if self._flow is not None:
+            self._flow.moved(sum(map(len, pieces)), 0)
         if self._exchange is not None:
             self._exchange.body(pieces, body.done)
         elif body.done and self._discarding:
@@ -175,6 +182,8 @@ class Connection(asyncio.Protocol):
     def send(self, parts: list[bytes]) -> None:
         if self._transport is not None and parts:
             self._transport.writelines(parts)
+            if self._flow is not None:
+                self._flow.moved(0, sum(map(len, parts)))
 
     def send_eof(self) -> None:
         if self._transport is not None and self._transport.can_write_eof() and not self._transport.is_closing():
@@ -196,18 +205,21 @@ class Connection(asyncio.Protocol):
         # Behind a CONNECT may come bytes that are no HTTP.
         fatal = self._tunnel is not None
         self._exchange = self._tunnel = None
+        self._end_flow(error)
         self._context.note("answered_error", slot=self.face.slot, code=error.code.slug, cause=str(error.cause or ""))
         self.refuse(error, fatal=fatal)
         self._resume()
 
     def finish(self, keep_alive: bool) -> None:
         self._exchange = None
+        self._end_flow()
         self.closing_soon |= not keep_alive
         self._settle()
         self._resume()
 
     def cut(self) -> None:
         self._exchange = None
+        self._end_flow()
         self.abort()
 
     # -- answers and ends
@@ -275,6 +287,12 @@ class Connection(asyncio.Protocol):
             exchange.abort()
         if tunnel is not None:
             tunnel.abort()
+        self._end_flow()
+
+    def _end_flow(self, error: CortexError | None = None) -> None:
+        flow, self._flow = self._flow, None
+        if flow is not None:
+            flow.close(error)
 
     def _hold_far_side(self, held: bool) -> None:
         if self._exchange is not None:

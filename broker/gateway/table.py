@@ -12,6 +12,7 @@ import structlog
 from broker.errors import Code, CortexError
 from broker.gateway import answers
 from broker.gateway.context import Context
+from broker.gateway.egress import WayOut
 from broker.gateway.heads import RequestHead
 from broker.gateway.messages import SlotEntry
 from broker.gateway.routes import Route, compile_routes
@@ -20,7 +21,6 @@ from broker.gateway.ways import FaceKind, Held, Way, egress_way, gateway_way
 
 ACCEPT_AT_ONCE = 32
 ACCEPT_PAUSE_S = 0.5
-MAX_DENIED_TOLD = 256
 _EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 log = structlog.get_logger(__name__)
 
@@ -78,7 +78,7 @@ class SlotState:
         self.connections: set[Held] = set()
         self._context = context
         self._listeners: list[Listener] = []
-        self._denied: set[tuple[str, int]] = set()
+        self.out = WayOut(entry.slot, context)
         self._arriving = 0
         self.update(entry)
 
@@ -87,11 +87,11 @@ class SlotState:
         routes = compile_routes(entry.providers)
         old = self.entry
         self.entry, self.routes = entry, routes
-        self._denied.clear()
         # An unclaimed slot may be claimed, or a claim's settings change, with connections open; all else is a cut.
         taken = old is not None and old.identity is not None and old.identity != entry.identity
         if old is not None and (taken or old.incarnation != entry.incarnation):
             self._fence()
+        self.out.set(entry.egress, entry.identity)
 
     def listen(self, gateway: socket.socket, egress: socket.socket) -> None:
         """Accepts on these from now on; connections of earlier listeners stay."""
@@ -119,15 +119,7 @@ class SlotState:
         self.stop_listening()
         self.entry, self.routes = None, {}
         self._fence()
-
-    def denied(self, host: str, port: int) -> None:
-        """Tells the broker once a host that this slot was refused one, so many hosts until its settings change."""
-        self._context.stats.tunnels_denied += 1
-        if (host, port) in self._denied or len(self._denied) >= MAX_DENIED_TOLD:
-            return
-        self._denied.add((host, port))
-        self._context.note("egress_denied", slot=self.slot, host=host, port=port)
-        self._context.report({"slot": self.slot, "kind": "egress_denied", "host": host, "port": port})
+        self.out.flush()
 
     def _fence(self) -> None:
         for connection in list(self.connections):
@@ -173,7 +165,7 @@ class SlotFace:
             raise answers.unclaimed()
         if self._kind == "gateway":
             return gateway_way(head, self._state.routes)
-        return egress_way(head, entry.egress, self._state.denied)
+        return egress_way(head, self._state.out)
 
     def opened(self, connection: Held) -> None:
         self._state.connections.add(connection)
@@ -245,6 +237,7 @@ class Table:
     def sweep(self, now: float) -> None:
         """Every second or so: time limits of all connections."""
         for state in [*self._slots.values(), *self._fading]:
+            state.out.tell(now)
             for connection in list(state.connections):
                 connection.check(now)
         self._fading = {state for state in self._fading if state.connections}

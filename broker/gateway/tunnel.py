@@ -8,6 +8,7 @@ from typing import Protocol, cast
 from broker.errors import CortexError
 from broker.gateway.answers import ESTABLISHED
 from broker.gateway.dialer import Dialer
+from broker.gateway.egress import Flow
 from broker.gateway.routes import Origin
 from broker.gateway.stats import Stats
 from broker.host.tasks import TaskOwner
@@ -32,11 +33,14 @@ class Mouth(Protocol):
 
 
 class Tunnel(asyncio.Protocol):
-    """The far side of a tunnel. ``start`` once; ends by ``abort`` or when both sides have ended."""
+    """The far side of a tunnel. ``start`` once; ends by ``abort`` or when both sides have ended. Closes ``flow``."""
 
-    def __init__(self, mouth: Mouth, origin: Origin, dialer: Dialer, stats: Stats, tasks: TaskOwner) -> None:
+    def __init__(
+        self, mouth: Mouth, origin: Origin, flow: Flow, dialer: Dialer, stats: Stats, tasks: TaskOwner
+    ) -> None:
         self._mouth = mouth
         self._origin = origin
+        self._flow = flow
         self._dialer = dialer
         self._stats = stats
         self._tasks = tasks
@@ -57,6 +61,9 @@ class Tunnel(asyncio.Protocol):
         self._task = self._tasks.start(self._dial(), "tunnel")
 
     def from_sandbox(self, data: bytes) -> None:
+        self._flow.moved(len(data), 0)
+        if self._over:
+            return
         if self._standing:
             if self._transport is not None and not self._near_eof:
                 self._transport.write(data)
@@ -88,6 +95,7 @@ class Tunnel(asyncio.Protocol):
 
     def abort(self) -> None:
         self._over = True
+        self._flow.close()
         if self._task is not None:
             self._task.cancel()
         if self._transport is not None:
@@ -100,6 +108,7 @@ class Tunnel(asyncio.Protocol):
             await self._dialer.dial(self._origin, lambda: self)
         except CortexError as error:
             self._stats.tunnels_denied += error.code.http_status == 403
+            self._flow.close(error)
             self._task = None
             if not self._over:
                 self._over = True
@@ -114,6 +123,7 @@ class Tunnel(asyncio.Protocol):
 
     def _stand(self, transport: asyncio.Transport) -> None:
         self._stats.tunnels += 1
+        self._flow.stands()
         self._standing = True
         self._mouth.send([ESTABLISHED, *self._greeting])
         self._greeting = []
@@ -133,6 +143,9 @@ class Tunnel(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._mouth.touch()
+        self._flow.moved(0, len(data))
+        if self._over:
+            return
         if self._held and self._transport is not None:
             # uvloop starts reading after connection_made, whatever was asked for by then.
             self._transport.pause_reading()
@@ -159,6 +172,7 @@ class Tunnel(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._flow.close()
         if self._standing and not self._over:
             self._over = True
             self._mouth.close()

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from broker.errors import Code, CortexError
 from broker.gateway import answers
-from broker.gateway.addresses import listed, parse_authority
+from broker.gateway.addresses import parse_authority
+from broker.gateway.egress import Flow, WayOut
 from broker.gateway.heads import RequestHead, bad
-from broker.gateway.messages import Egress
 from broker.gateway.routes import Origin, Route, find_route, proxy_route
+from broker.gateway.user_agent import tool_of
 
 FaceKind = Literal["gateway", "egress"]
-Denied = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Either ``route`` and ``target``, or ``tunnel_to``."""
+    """Either ``route`` and ``target``, or ``tunnel_to``. ``flow``: of the way out, to be closed."""
 
     route: Route | None = None
     target: bytes = b""
     tunnel_to: Origin | None = None
+    flow: Flow | None = None
 
 
 class Face(Protocol):
@@ -59,14 +59,14 @@ def gateway_way(head: RequestHead, routes: dict[bytes, Route]) -> Way:
     return Way(route, target)
 
 
-def egress_way(head: RequestHead, egress: Egress, denied: Denied) -> Way:
-    """The way of a request on the egress socket; ``denied`` hears of hosts that no list allows."""
+def egress_way(head: RequestHead, out: WayOut) -> Way:
+    """The way of a request on the egress socket, by what ``out`` allows."""
     if head.method == b"CONNECT":
         authority = parse_authority(head.target.decode("ascii", "replace"))
         if authority is None:
             raise bad("CONNECT needs host:port")
-        _allow(authority, egress, denied)
-        return Way(tunnel_to=Origin("tcp", *authority, "", _private(authority, egress)))
+        flow = out.open(*authority, tool_of(head.headers), tunnel=True)
+        return Way(tunnel_to=Origin("tcp", *authority, "", flow.private), flow=flow)
     if b"://" not in head.target:
         raise CortexError(
             Code.BAD_REQUEST, "This socket is a proxy", hint="use it as HTTPS_PROXY; it is not a server to ask"
@@ -75,21 +75,11 @@ def egress_way(head: RequestHead, egress: Egress, denied: Denied) -> Way:
     if found is None:
         raise bad("the request target is not an http:// address")
     route, target = found
-    authority = (route.origin.host, route.origin.port)
     # Plain HTTP only where the port is listed: what a name alone allows is TLS.
-    _allow(authority, egress, denied)
+    flow = out.open(route.origin.host, route.origin.port, tool_of(head.headers), tunnel=False)
     if head.websocket:
+        flow.close()
         raise answers.no_websocket()
-    if _private(authority, egress):
+    if flow.private:
         route, target = proxy_route(head.target, private=True) or found
-    return Way(route, target)
-
-
-def _allow(authority: tuple[str, int], egress: Egress, denied: Denied) -> None:
-    if not listed(*authority, egress.hosts):
-        denied(*authority)
-        raise answers.denied(*authority)
-
-
-def _private(authority: tuple[str, int], egress: Egress) -> bool:
-    return listed(*authority, egress.private, default_port=None)
+    return Way(route, target, flow=flow)

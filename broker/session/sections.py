@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from broker.config import AgentName, Config, Section
+from broker.config_types import Ecosystem, HostRule
 from broker.errors import Code, CortexError
 from broker.problems import Problem, from_validation, nearest
 
@@ -26,14 +27,6 @@ LongText = Annotated[str, StringConstraints(max_length=32_768, pattern=_TEXT)]
 ServerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@/-]{0,63}$")]
 HeaderName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}$")]
 HeaderValue = Annotated[str, StringConstraints(max_length=8192, pattern=r"^[^\x00\r\n]*$")]
-HostName = Annotated[
-    str,
-    StringConstraints(
-        to_lower=True,
-        max_length=253,
-        pattern=r"^[A-Za-z0-9]([A-Za-z0-9-]{0,62})(\.[A-Za-z0-9]([A-Za-z0-9-]{0,62}))*$",
-    ),
-]
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _TAKEN_PREFIXES = ("LD_", "DYLD_", "CORTEX_")
@@ -140,9 +133,11 @@ class WorkspaceSection(Section):
 
 
 class EgressSection(Section):
-    """``hosts``: exact host names that the sandbox may reach, port 443."""
+    """Where the sandbox may go besides what its agent's settings allow. ``hosts``: ``name`` (port 443),
+    ``name:port`` or ``*.name``; ``ecosystems``: ready-made lists."""
 
-    hosts: Annotated[tuple[HostName, ...], Field(max_length=256)] = ()
+    hosts: Annotated[tuple[HostRule, ...], Field(max_length=256)] = ()
+    ecosystems: Annotated[tuple[Ecosystem, ...], Field(max_length=16)] = ()
 
 
 class LimitsSection(Section):

@@ -7,6 +7,7 @@ import os
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -47,6 +48,15 @@ async def mirror(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         await writer.drain()
     writer.write(b"bye")
     writer.write_eof()
+
+
+RESULTS = ("allowed", "denied", "refused_address", "limited")
+
+
+async def told(gw: Rig) -> list[dict[str, Any]]:
+    """What the broker has heard of the slot's way out when it is cut off."""
+    await gw.link.drop_slot(gw.slot)
+    return [row for report in gw.reports if report["kind"] == "egress" for row in report["hosts"]]
 
 
 def here(port: int) -> Egress:
@@ -138,8 +148,13 @@ async def test_what_is_refused_and_why(gw: Rig, target: str, code: str) -> None:
     got = problem(response)[1]
     assert got["code"] == code
     assert got["hint"]
-    denied = [report["host"] for report in gw.reports if report["kind"] == "egress_denied"]
-    assert bool(denied) == (code == "egress.denied")
+    result = {"egress.denied": "denied", "egress.address_refused": "refused_address"}.get(code, "allowed")
+    (row,) = await told(gw)
+    assert {name for name in RESULTS if row[name]} == {result}
+    assert f"{row['host']}:{row['port']}" == target.lower().replace("[", "").replace("]", "").replace(".:", ":")
+    # What tools show of a proxy that refuses is its status line.
+    status = response.partition(b"\r\n")[0].decode()
+    assert (f"({code})" in status) == (code != "gateway.upstream_unreachable")
 
 
 async def test_link_local_is_refused_even_where_private_is_allowed(gw: Rig) -> None:
@@ -220,3 +235,96 @@ async def test_a_sandbox_that_does_not_read_holds_the_server_back(gw: Rig) -> No
         await asyncio.wait_for(stuck.wait(), 20)
         assert sent < 30_000_000
         writer.close()
+
+
+async def test_bytes_and_the_tool_are_told_with_whose_they_are(gw: Rig) -> None:
+    async with raw_server(mirror) as port:
+        slot = await gw.put(egress=here(port))
+        reader, writer = await asyncio.open_unix_connection(str(slot.egress_path))
+        writer.write(f"CONNECT localhost:{port} HTTP/1.1\r\nHost: x\r\nUser-Agent: git/2.39.5\r\n\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"x" * 70_000)
+        await reader.readexactly(70_000)
+        (row,) = await told(gw)
+        assert row == {
+            **{"host": "localhost", "port": port, "tool": "git", "sent": 70_000, "received": 70_000},
+            **{"allowed": 1, "denied": 0, "refused_address": 0, "limited": 0},
+        }
+        assert [(report["user"], report["workspace"]) for report in gw.reports] == [("u1", "main")]
+        writer.close()
+
+
+async def test_plain_requests_are_told_too(gw: Rig) -> None:
+    async with app_server(echo) as port:
+        slot = await gw.put(egress=here(port))
+        head = (
+            f"POST http://localhost:{port}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
+        )
+        response = await ask(slot.egress_path, head.encode())
+        (row,) = await told(gw)
+        assert (row["allowed"], row["sent"], row["received"]) == (1, 5, len(response))
+
+
+async def test_a_host_that_is_allowed_no_longer_loses_its_connections(gw: Rig) -> None:
+    async with raw_server(mirror) as port, raw_server(mirror) as other:
+        both = Egress((f"localhost:{port}", f"localhost:{other}"), ("localhost",))
+        slot = await gw.put(egress=both)
+        reader, writer = await connect(slot.egress_path, f"localhost:{port}")
+        kept, keeping = await connect(slot.egress_path, f"localhost:{other}")
+        await gw.put(egress=here(other))
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        keeping.write(b"still")
+        assert await kept.readexactly(5) == b"still"
+        # Still listed, but its private address is no longer one for it.
+        await gw.put(egress=Egress((f"localhost:{other}",), ()))
+        assert await asyncio.wait_for(kept.read(), 5) == b""
+        writer.close()
+        keeping.close()
+
+
+async def test_tunnels_at_once_are_limited() -> None:
+    async with rig(max_tunnels_per_sandbox=2) as gw, raw_server(mirror) as port:
+        slot = await gw.put(egress=here(port))
+        raw = f"CONNECT localhost:{port} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        held = [await connect(slot.egress_path, f"localhost:{port}") for _ in range(2)]
+        status, got = problem(await ask(slot.egress_path, raw))
+        assert (status, got["code"]) == (429, "egress.limit")
+        assert "max_tunnels_per_sandbox" in got["hint"]
+        held[0][1].write_eof()
+        assert await asyncio.wait_for(held[0][0].read(), 5) == b"bye"
+        held[0][1].close()
+        reader, writer = await connect(slot.egress_path, f"localhost:{port}")
+        writer.write(b"again")
+        assert await reader.readexactly(5) == b"again"
+        (row,) = await told(gw)
+        assert (row["allowed"], row["limited"]) == (3, 1)
+        for _, each in (*held, (reader, writer)):
+            each.close()
+
+
+async def test_bytes_an_hour_are_limited() -> None:
+    async with rig(egress_bytes_per_hour=100_000) as gw, raw_server(mirror) as port, app_server(echo) as web:
+        slot = await gw.put(egress=Egress((f"localhost:{port}", f"localhost:{web}"), ("localhost",)))
+        reader, writer = await connect(slot.egress_path, f"localhost:{port}")
+        writer.write(b"x" * 40_000)
+        assert len(await reader.readexactly(40_000)) == 40_000
+        writer.write(b"x" * 40_000)
+        assert len(await asyncio.wait_for(_all(reader), 5)) < 40_000
+        raw = f"CONNECT localhost:{port} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        plain = f"GET http://localhost:{web}/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+        for request in (raw, plain):
+            response = await ask(slot.egress_path, request)
+            status, got = problem(response)
+            assert (status, got["code"]) == (429, "egress.limit")
+            assert b"retry-after: 3" in response, "an hour, less what has passed of its first minute"
+        # Others are not held to what this one has used.
+        await gw.put(egress=here(web), identity={"user": "u2", "workspace": "main"})
+        assert (await ask(slot.egress_path, plain)).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+async def _all(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.read()
+    except ConnectionError:
+        return b""
