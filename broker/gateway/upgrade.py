@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import cast
 
 from broker.errors import Code, CortexError
-from broker.gateway import answers
 from broker.gateway.dialer import Dialer
 from broker.gateway.frames import TextListener
 from broker.gateway.framing import Body, response_body
@@ -231,7 +230,11 @@ class Upgrade(asyncio.Protocol):
 
     def _take_refusal(self, head: ResponseHead, body: Body, data: bytes) -> None:
         if head.status in _NOT_THERE:
-            self._fail(answers.no_websocket())
+            self._fail(
+                CortexError(
+                    Code.NO_WEBSOCKET, f"{self._name} takes no WebSocket here", hint="send the request as a POST"
+                )
+            )
             return
         if data and not body.done:
             pieces, _ = body.feed(data)

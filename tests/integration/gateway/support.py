@@ -211,7 +211,7 @@ async def client(path: Path) -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def ask(path: Path, raw: bytes, *, eof: bool = False) -> bytes:
+async def ask(path: Path | str, raw: bytes, *, eof: bool = False) -> bytes:
     """All that comes back for ``raw`` until the other side closes."""
     reader, writer = await asyncio.open_unix_connection(str(path))
     try:
