@@ -28,17 +28,23 @@ START_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that is asked for: ``ok`` when ``value`` is at most ``limit``."""
+    """A figure that is asked for: ``ok`` when ``value`` is at most ``limit``, or at least where ``least``."""
 
     name: str
     unit: str
     value: float
     limit: float
     ok: bool
+    least: bool = False
 
 
 def target(name: str, unit: str, value: float, limit: float) -> Target:
     return Target(name, unit, round(value, 4), limit, value <= limit)
+
+
+def target_least(name: str, unit: str, value: float, limit: float) -> Target:
+    """``value`` has to be ``limit`` or more."""
+    return Target(name, unit, round(value, 4), limit, value >= limit, least=True)
 
 
 @dataclass
@@ -56,9 +62,12 @@ class Report:
         out = sys.stderr if path == "-" else sys.stdout
         for title, rows in self.tables.items():
             print(f"\n{title}\n{table(rows)}", file=out)
-        verdicts = [[t.name, f"{t.value:g} {t.unit}", f"{t.limit:g}", "ok" if t.ok else "MISSED"] for t in self.targets]
+        verdicts = [
+            [t.name, f"{t.value:g} {t.unit}", f"{'≥' if t.least else '≤'} {t.limit:g}", "ok" if t.ok else "MISSED"]
+            for t in self.targets
+        ]
         if verdicts:
-            print(f"\nTargets\n{table([['target', 'value', 'at most', ''], *verdicts])}", file=out)
+            print(f"\nTargets\n{table([['target', 'value', 'limit', ''], *verdicts])}", file=out)
         for note in self.notes:
             print(note, file=out)
         if path:
@@ -162,17 +171,26 @@ def quantile(observed: Mapping[float, float], share: float) -> float:
 
 def free_port() -> int:
     """A loopback port that nobody has right now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """So many different ones."""
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        return [int(sock.getsockname()[1]) for sock in socks]
 
 
 @contextlib.contextmanager
-def child(argv: Sequence[str], *, waits: Callable[[], bool] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def child(
+    argv: Sequence[str], *, waits: Callable[[], bool] | None = None, within: float = START_TIMEOUT_S
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is killed at the end. Ready when it prints ``READY``, or when ``waits`` says so."""
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
-        _await(process, waits)
+        _await(process, waits, within)
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -203,12 +221,13 @@ def accepts(port: int) -> Callable[[], bool]:
 
 
 def children_of(pid: int) -> list[int]:
-    """The direct children of a process."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The direct children of a process, of whichever thread."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for children in lists for child in children.read_text().split()]
 
 
-def _await(process: subprocess.Popen[bytes], waits: Callable[[], bool] | None) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def _await(process: subprocess.Popen[bytes], waits: Callable[[], bool] | None, within: float) -> None:
+    deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
@@ -222,4 +241,4 @@ def _await(process: subprocess.Popen[bytes], waits: Callable[[], bool] | None) -
             and out.readline().strip() == READY.encode()
         ):
             return
-    raise RuntimeError(f"{process.args!r} did not come up within {START_TIMEOUT_S:g} s")
+    raise RuntimeError(f"{process.args!r} did not come up within {within:g} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def test_a_missed_target_is_an_exit_status_and_in_the_json(tmp_path: Path, capsy
     assert "MISSED" in capsys.readouterr().out
     targets = json.loads((tmp_path / "out.json").read_text())["targets"]
     assert targets == [
-        {"name": "good", "unit": "ms", "value": 1.0, "limit": 2.0, "ok": True},
-        {"name": "bad", "unit": "ms", "value": 3.0, "limit": 2.0, "ok": False},
+        {"name": "good", "unit": "ms", "value": 1.0, "limit": 2.0, "ok": True, "least": False},
+        {"name": "bad", "unit": "ms", "value": 3.0, "limit": 2.0, "ok": False, "least": False},
     ]
 
 
@@ -84,3 +85,25 @@ def test_a_child_is_waited_for_and_killed() -> None:
 def test_a_child_that_ends_at_once_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="ended with 3"), lib.child([sys.executable, "-c", "raise SystemExit(3)"]):
         pass
+
+
+def test_children_of_a_process_are_found_whichever_thread_started_them() -> None:
+    found = []
+
+    def start() -> None:
+        with lib.child(["sleep", "30"], waits=lambda: True) as process:
+            found.append(process.pid in lib.children_of(os.getpid()))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def test_a_figure_may_have_to_be_large_enough() -> None:
+    assert lib.target_least("calls", "", 4000, 4000).ok
+    assert not lib.target_least("calls", "", 3999, 4000).ok
+
+
+def test_ports_that_are_asked_for_together_differ() -> None:
+    assert len(set(lib.free_ports(20))) == 20
