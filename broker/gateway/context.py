@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from broker.gateway.messages import Settings
 from broker.gateway.resolve import Resolver
 from broker.gateway.stats import Stats
 from broker.gateway.upstream import Pool
+from broker.gateway.usage_log import UsageLog
 from broker.host.tasks import TaskOwner
 
 MAX_NOTES = 100
@@ -23,20 +24,28 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class Context:
-    """``report`` tells the broker something by itself, or gives False when it is not there. ``emptied`` is set
-    whenever the last connection of a sandbox has gone."""
+    """``report`` tells the broker something by itself, or gives False when it is not there. ``spent`` hears the
+    users and teams whose budgets are used up and until when, on the loop's clock. ``emptied`` is set whenever the
+    last connection of a sandbox has gone."""
 
     tasks: TaskOwner
     settings: Settings = field(default_factory=Settings)
     stats: Stats = field(default_factory=Stats)
     report: Callable[[dict[str, Any]], bool] = lambda _: False
+    spent: Callable[[Sequence[str], Sequence[str], float], None] = lambda users, teams, until: None
     draining: bool = False
 
     def __post_init__(self) -> None:
         self.emptied = asyncio.Event()
+        self.usage = UsageLog(
+            lambda facts: self.report(facts), lambda delay, call: asyncio.get_running_loop().call_later(delay, call)
+        )
         self._noted_until = 0.0
         self._noted = 0
-        self._resolvers = [Resolver(self.tasks, lambda: self.settings.dns_timeout_s) for _ in range(2)]
+        self._resolvers = [
+            Resolver(self.tasks, lambda: self.settings.dns_timeout_s, serve_stale=operators)
+            for operators in (True, False)
+        ]
         self.dialer = Dialer(self._resolvers[0], lambda: self.settings.connect_timeout_s, self._resolvers[1])
         self.pool = Pool(self.dialer, self.stats, lambda: self.settings.max_head_bytes, self.tasks)
 
@@ -52,6 +61,7 @@ class Context:
             log.info(event, **facts)
 
     def close(self) -> None:
+        self.usage.close()
         self.pool.close()
         for resolver in self._resolvers:
             resolver.close()

@@ -58,8 +58,8 @@ class GatewayLink:
     """One gateway process as the broker sees it.
 
     ``path``: where to listen (``gateway.link``); ``settings`` gives the current section;
-    ``on_report`` hears what the gateway tells by itself (refused hosts; later usage) as JSON-safe
-    facts with ``slot`` and ``kind``; it must not block. Only processes of the broker's own user, or
+    ``on_report`` hears what the gateway tells by itself (refused hosts, usage) as JSON-safe
+    facts with ``kind``; it must not block. Only processes of the broker's own user, or
     root's, are taken for a gateway.
     """
 
@@ -76,6 +76,8 @@ class GatewayLink:
         """Of the gateway that is connected, as the kernel says."""
         self.on_hung: Callable[[int], None] | None = None
         """Hears the pid of a gateway that no longer answers."""
+        self.spent: Callable[[], Mapping[str, Any]] | None = None
+        """What of the budgets is used up now: ``users``, ``teams``, and ``for_s``, the seconds until they are anew."""
         self._tasks = tasks
         self._settings = settings
         self._on_report = on_report
@@ -161,6 +163,16 @@ class GatewayLink:
         if self._peer is not None:
             self._enqueue(self._tell_settings)
 
+    def usage_seen(self, boot: str, upto: int) -> None:
+        """Tells the gateway that its records up to number ``upto`` are stored. Does not wait."""
+        if self._peer is not None:
+            self._enqueue(lambda: self._tell({"type": "usage_seen", "boot": boot, "upto": upto}))
+
+    def budgets_changed(self) -> None:
+        """Tells the gateway what is spent now. Does not wait."""
+        if self._peer is not None:
+            self._enqueue(self._tell_spent)
+
     def nobody_serves(self) -> None:
         """The gateway process is known to be dead: what was to be taken from it is taken."""
         self._wishes.settle_drops()
@@ -234,6 +246,7 @@ class GatewayLink:
         self._connects += 1
         self._stats = {}
         self._enqueue(self._tell_settings)
+        self._enqueue(self._tell_spent)
         for wish in self._wishes:
             self._enqueue(lambda wish=wish: self._tell_wish(wish))  # type: ignore[misc]
         if self._whole:
@@ -248,6 +261,10 @@ class GatewayLink:
 
     def _tell_settings(self) -> None:
         self._tell({"type": "settings", "settings": asdict(Settings.of(self._settings()))})
+
+    def _tell_spent(self) -> None:
+        if self.spent is not None:
+            self._tell({"type": "spent", **self.spent()})
 
     def _tell_wish(self, wish: Wish) -> None:
         if not self._wishes.stands(wish):

@@ -1,8 +1,8 @@
 """What the broker and the gateway process say to each other: one JSON object a packet, plus descriptors.
 
 The link is a SEQPACKET Unix socket, so a packet is a message. Broker to gateway: ``settings``,
-``put`` (with two listening descriptors when they are new), ``drop``, ``whole`` and ``ping``, each
-with an ``id`` that is answered. Gateway to broker: ``hello``, ``ack`` and ``report``.
+``put`` (with two listening descriptors when they are new), ``drop``, ``whole``, ``usage_seen``, ``spent``
+and ``ping``, each with an ``id`` that is answered. Gateway to broker: ``hello``, ``ack`` and ``report``.
 """
 
 from __future__ import annotations

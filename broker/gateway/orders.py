@@ -61,6 +61,7 @@ class Orders:
         self.alone_since = None
         self._link.send({"type": "hello", "version": VERSION, "pid": os.getpid()})
         log.info("broker_found")
+        self._context.usage.linked()
         return True
 
     def _gone(self, why: str) -> None:
@@ -84,7 +85,7 @@ class Orders:
         except CortexError as error:
             log.warning("order_refused", order=message["type"], slot=message.get("slot"), error=str(error))
             answer["error"] = {"what": error.what, "hint": error.hint}
-        except (MessageError, KeyError) as error:
+        except (MessageError, KeyError, TypeError, ValueError) as error:
             answer["error"] = {"what": f"not understood: {error}", "hint": "broker and gateway differ in version"}
         if message["type"] != "put" or "error" in answer:
             for listener in listeners:
@@ -105,6 +106,11 @@ class Orders:
                 self._table.keep_only(self._named)
             case "settings":
                 self._context.settings = Settings.from_wire(message["settings"])
+            case "usage_seen":
+                self._context.usage.seen(str(message["boot"]), int(message["upto"]))
+            case "spent":
+                until = asyncio.get_running_loop().time() + float(message["for_s"])
+                self._context.spent(list(message["users"]), list(message["teams"]), until)
             case "ping":
                 return {"stats": self._context.stats.view(), "slots": len(self._table)}
             case other:
