@@ -78,9 +78,13 @@ class Recorded:
 
 def recorded(head: ResponseHead) -> Recorded:
     """The beginning of an answer that goes to more than the one who asked."""
-    headers = [(name, value) for name, value in head.headers if name.lower() in _KEPT]
     chunked = head.chunked or head.length is None
-    return Recorded(head.status, head.reason, headers, [], chunked, None if chunked else head.length)
+    return Recorded(head.status, head.reason, kept(head.headers), [], chunked, None if chunked else head.length)
+
+
+def kept(headers: Headers) -> Headers:
+    """Those that others than the one who asked may see, later too."""
+    return [(name, value) for name, value in headers if name.lower() in _KEPT]
 
 
 def wants(rule: CacheRule, endpoint: Endpoint, method: bytes) -> bool:
