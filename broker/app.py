@@ -119,7 +119,8 @@ class Broker:
             require_local(control, "control.listen")
         self.front_url, self.control_url = url(front, "ws"), url(control, "http")
         about = (self.registry, self.access, self.users, self.config, lambda: self.front_url, self.health)
-        self.control = ControlServer(Control(*about, self.stack.keeper, self.stack.foresight, self.stack.pool.view))
+        stack = self.stack
+        self.control = ControlServer(Control(*about, stack.keeper, stack.foresight, stack.pool.view, stack.egress))
         self._open.push_async_callback(self.control.close)
         await self.control.start(*control)
         self.front = FrontDoor(self.registry, self.access, self.config, self._tasks)

@@ -68,6 +68,19 @@ GATEWAY_EVENTS = Counter(
 GATEWAY_CONNECTIONS = Gauge(
     "cortex_gateway_connections", "Connections from sandboxes open at the gateway.", registry=REGISTRY
 )
+EGRESS_DECISIONS = Counter(
+    "cortex_egress_decisions_total",
+    "Requests of sandboxes for hosts outside. result: allowed, denied (no list has the host), refused_address "
+    "(it leads to a private one) or limited.",
+    ("result",),
+    registry=REGISTRY,
+)
+EGRESS_BYTES = Counter(
+    "cortex_egress_bytes_total",
+    "What sandboxes sent to and received from hosts outside.",
+    ("direction",),
+    registry=REGISTRY,
+)
 POOL_SIZE = Gauge(
     "cortex_pool_size",
     "Warm sandboxes. kind: generic or user; state: making, hot, paused or ending.",
@@ -149,6 +162,10 @@ for _direction in ("to_agent", "to_client"):
     RELAY_BYTES.labels(_direction)
 for _result in ("hit", "empty", "stale", "failed"):
     POOL_CLAIMS.labels("generic", _result)
+for _result in ("allowed", "denied", "refused_address", "limited"):
+    EGRESS_DECISIONS.labels(_result)
+for _direction in ("sent", "received"):
+    EGRESS_BYTES.labels(_direction)
 for _reason in ("tampered", "rolled_back"):
     VAULT_ALARMS.labels(_reason)
 for _kind in ("mcp", "credentials", "settings", "packages"):

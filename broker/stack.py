@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -22,6 +23,7 @@ from broker.sandbox.slots import Slots
 from broker.session.assembly import Assembler
 from broker.session.credentials import VaultCredentials
 from broker.session.directory import Solo
+from broker.session.egress_view import EgressView
 from broker.session.foresight import Foresight
 from broker.session.pool import Pool
 from broker.session.preparation import Preparation
@@ -58,6 +60,7 @@ class Stack:
         self._store = SessionStore(db)
         self._credentials: Credentials = FileCredentials()
         self.foresight = Foresight(ActivityStore(db), lambda: config().pool)
+        self.egress = EgressView()
         self.keeper: Keeper | None = None
         """Of the vault; None where sandboxes are not isolated."""
 
@@ -100,7 +103,7 @@ class Stack:
             Path(config.gateway.link),
             self._tasks,
             settings=lambda: self._config().gateway,
-            on_report=lambda facts: log.info("gateway_report", **facts),
+            on_report=self._reported,
         )
         self._closing.push_async_callback(self.gateway.close)
         await self.gateway.start()
@@ -110,6 +113,13 @@ class Stack:
         self._closing.push_async_callback(self._stop_gateway)
         if config.gateway.mode == "child":
             await self._child.start()
+
+    def _reported(self, facts: Mapping[str, Any]) -> None:
+        """The gateway tells something by itself."""
+        if facts["kind"] == "egress":
+            self.egress.heard(facts)
+        else:
+            log.info("gateway_report", **facts)
 
     def _open_sessions(self) -> None:
         config = self._config()
@@ -135,6 +145,7 @@ class Stack:
             installation_key=self._identity.key,
             image=made_from(config),
             activity=self.foresight.activity,
+            egress=self.egress,
         )
         self.pool = Pool(runtime, WarmMaker(runtime), users=lambda: self.registry.warm())
         self.registry = Registry(runtime, Solo(config.broker.node), pool=self.pool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,10 @@ Section = Annotated[
 ]
 Provider = Annotated[str, typer.Argument(metavar="PROVIDER", help="A name in [gateway.providers].")]
 MAX_INPUT = 4 * 2**20
+EGRESS_COLUMNS = (
+    *("host", "workspace", "tool", "last", "allowed", "denied", "refused"),
+    *("sent", "received", "last_at"),
+)
 COLUMNS = ("provider", "kind", "mode", "fingerprint", "updated_at", "expires_at", "problem")
 
 
@@ -104,6 +109,34 @@ def delete_credential(
         return
     _say_applied(user, told)
     output.say(f"erased; takes effect: {told['effect'].replace('_', ' ')}")
+
+
+@app.command("egress")
+def egress(user: User, config: Config = None, control: ControlUrl = "", as_json: Json = False) -> None:
+    """Show which hosts the user's sandboxes wanted, and how to allow those that were denied."""
+    found = ask(config, control, lambda client: client.call("GET", "users", user_id(user), "egress"))
+    if as_json:
+        output.put_json(found)
+    elif found["hosts"]:
+        output.put(output.table(EGRESS_COLUMNS, [egress_row(one) for one in found["hosts"]], right=range(4, 9)))
+        for one in found["hosts"]:
+            if one["allow"]:
+                output.say(f"{place(one)}: denied; allow it with: {one['allow']}")
+    else:
+        output.say(f"the sandboxes of {user} have asked for no host since the broker started")
+
+
+def place(one: Mapping[str, Any]) -> str:
+    """Host and port, the port of TLS left out."""
+    return str(one["host"]) if one["port"] == 443 else f"{one['host']}:{one['port']}"
+
+
+def egress_row(one: Mapping[str, Any]) -> list[str]:
+    """A line of the table."""
+    refused = one["refused_address"] + one["limited"]
+    counts = (one["allowed"], one["denied"], refused, one["sent"], one["received"])
+    last = one["last"].replace("_", " ")
+    return [place(one), one["workspace"], one["tool"], last, *map(str, counts), one["last_at"]]
 
 
 def _say_applied(user: str, told: Any) -> None:

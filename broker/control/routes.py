@@ -13,6 +13,7 @@ from broker.access import Access
 from broker.config import Config
 from broker.errors import Code
 from broker.host.tasks import TaskOwner
+from broker.session.egress_view import EgressView
 from broker.session.foresight import Foresight
 from broker.session.port import RegistryPort
 from broker.store.keeper import Keeper
@@ -28,7 +29,8 @@ class Control:
     ``config``: the tree of the moment. ``front_url``: ``ws://host:port`` of the front door, without a
     path. ``health``: what readiness depends on, by name; an empty string is good, else what is wrong.
     ``keeper``: of the vault; None where there is none, because sandboxes are not isolated.
-    ``foresight``: who comes when. ``pool``: what operators see of the warm sandboxes.
+    ``foresight``: who comes when. ``pool``: what operators see of the warm sandboxes. ``egress``: what users'
+    sandboxes wanted of hosts outside.
     """
 
     registry: RegistryPort
@@ -40,6 +42,7 @@ class Control:
     keeper: Keeper | None
     foresight: Foresight
     pool: Callable[[], Mapping[str, Any]]
+    egress: EgressView = field(default_factory=EgressView)
     tasks: TaskOwner = field(default_factory=lambda: TaskOwner("control"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.control import activity, credentials, health, hooks, openapi, pool, prompt, schema, sessions, users
+from broker.control import activity, credentials, egress, health, hooks, openapi, pool, prompt, schema, sessions, users
 from broker.control.routes import Route
 from broker.errors import Code
 
@@ -142,6 +142,13 @@ ROUTES: tuple[Route, ...] = (
         "Make a new key, seal everything with it, and drop the old ones",
         answer=schema.Rotated,
         errors=(Code.VAULT_KEY_READ_ONLY, Code.VAULT_KEY, Code.DISK_FULL, Code.ISOLATION_MISSING),
+    ),
+    Route(
+        "GET",
+        "/v1/users/{user}/egress",
+        egress.of_user,
+        "What a user's sandboxes wanted of hosts outside",
+        answer=egress.Egress,
     ),
     Route("DELETE", "/v1/users/{user}", users.erase, "Erase everything of a user", answer=schema.Erased),
     Route(

@@ -71,5 +71,6 @@ async def erase(request: web.Request) -> web.Response:
     if context.keeper is not None:
         await context.keeper.vault.erase(user)
     context.foresight.forget(user)
+    context.egress.forget(user)
     await context.users.delete(user)
     return answer(schema.Erased(user=user, sessions=sessions))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from broker.metrics import CONFIG_ASSEMBLY
 from broker.session.bringup import Prepared, Subject, prepare
 from broker.session.clients import Clients
+from broker.session.providers import egress_for
 from broker.session.sandbox import Runtime, Sandbox
 from broker.store.sessions import SessionRow
 
@@ -29,6 +30,16 @@ class Configuration:
         self.warnings: tuple[str, ...] = ()
         self.pending: frozenset[str] = frozenset()
         """Packages that are being installed for it."""
+
+    def told(self) -> list[str]:
+        """What people should know: the warnings, and hosts that the sandbox was denied."""
+        config, subject = self._runtime.config(), self._subject
+        if self.assembled is None or subject.agent not in config.agents:
+            return list(self.warnings)
+        user = self.assembled.config
+        section = user.egress.model_dump(mode="json", exclude_unset=True)
+        rules = egress_for(config, subject.agent, user).hosts
+        return [*self.warnings, *self._runtime.egress.warnings(subject.user, subject.workspace, rules, section)]
 
     def landed(self, spec: str) -> None:
         """An install has ended, well or not."""

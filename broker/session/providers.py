@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from broker.config import AgentConfig, Config, ProviderConfig
 from broker.errors import Code, CortexError
 from broker.gateway.link import Egress, GatewayLink, Provider, Scheme
+from broker.session.ecosystems import hosts_of
 from broker.session.sections import ProviderChoice, SandboxConfig
 
 MAX_CREDENTIAL = 16 * 2**10
@@ -120,9 +121,12 @@ def _read_ca(name: str, path: Path) -> str:
         ) from error
 
 
-def egress_for(config: Config, user: SandboxConfig) -> Egress:
-    """The user's own hosts; nothing else by default."""
-    return Egress(user.egress.hosts, config.gateway.private_hosts)
+def egress_for(config: Config, agent: str, user: SandboxConfig) -> Egress:
+    """The hosts of the agent's settings and the user's own, with those of their ecosystems; none by default."""
+    own = config.agents[agent]
+    ready = hosts_of((*own.egress_ecosystems, *user.egress.ecosystems))
+    hosts = dict.fromkeys((*own.egress_hosts, *user.egress.hosts, *ready))
+    return Egress(tuple(hosts), config.gateway.private_hosts)
 
 
 class BuilderNetwork:

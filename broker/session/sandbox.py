@@ -25,6 +25,7 @@ from broker.sandbox.packages import PackageShelf
 from broker.sandbox.slots import Slot, Slots
 from broker.session.activity import ActivityPort, NoActivity
 from broker.session.assembly import Assembled, Assembler
+from broker.session.egress_view import EgressView
 from broker.session.fingerprint import changed, fingerprint
 from broker.session.parts import BOUND, KINDS, Wanted
 from broker.session.providers import Credentials, egress_for, providers_for
@@ -61,6 +62,7 @@ class Runtime:
     image: str
     """What sandboxes are made from; part of the boot hash."""
     activity: ActivityPort = NO_ACTIVITY
+    egress: EgressView = field(default_factory=EgressView)
     resting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(RESTING))
     """Held by a session while it is paused or stopped because nobody uses it."""
 
@@ -271,7 +273,7 @@ class Sandbox:
         """Says whose the slot is and what it may reach; False when the gateway knows that already."""
         config = self.runtime.config()
         providers = await providers_for(config, self.runtime.credentials, self.owner.user, assembled.config.providers)
-        egress = egress_for(config, assembled.config)
+        egress = egress_for(config, self.agent, assembled.config)
         told = {"providers": {name: asdict(entry) for name, entry in providers.items()}, "egress": asdict(egress)}
         digest = fingerprint(self.runtime.installation_key, "gateway", told)
         if self.gateway_hash == digest:

@@ -455,7 +455,7 @@ class Session:
             "idle": self._idling.view(),
             "generation": self._configuration.generation,
             "permission_policy": assembled.config.settings.permission_policy if assembled else "ask",
-            "warnings": list(self._configuration.warnings),
+            "warnings": self._configuration.told(),
             "origins": dict(assembled.origins) if assembled else {},
             "sandbox": self._custody.box.facts() if self._custody.box else None,
             "created_at": self._life.row.created_at,

@@ -247,8 +247,15 @@ async def test_bytes_and_the_tool_are_told_with_whose_they_are(gw: Rig) -> None:
         await reader.readexactly(70_000)
         (row,) = await told(gw)
         assert row == {
-            **{"host": "localhost", "port": port, "tool": "git", "sent": 70_000, "received": 70_000},
-            **{"allowed": 1, "denied": 0, "refused_address": 0, "limited": 0},
+            "host": "localhost",
+            "port": port,
+            "tool": "git",
+            "sent": 70_000,
+            "received": 70_000,
+            "allowed": 1,
+            "denied": 0,
+            "refused_address": 0,
+            "limited": 0,
         }
         assert [(report["user"], report["workspace"]) for report in gw.reports] == [("u1", "main")]
         writer.close()

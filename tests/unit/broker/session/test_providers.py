@@ -10,6 +10,7 @@ import pytest
 from broker.config import Config
 from broker.errors import Code, CortexError
 from broker.gateway.link import Egress, GatewayLink, Provider
+from broker.session.ecosystems import HOSTS
 from broker.session.providers import BuilderNetwork, FileCredentials, egress_for, providers_for
 from broker.session.sections import assemble
 
@@ -84,8 +85,17 @@ async def test_a_file_that_cannot_be_read_is_named_with_its_key(
 
 def test_nothing_but_the_users_hosts_may_be_reached() -> None:
     tree = config(allowed_hosts=["registry.example"], private_hosts=["inner.example"])
-    assert egress_for(tree, assemble({})) == Egress((), ("inner.example",))
-    assert egress_for(tree, assemble({"egress": {"hosts": ["a.example"]}})).hosts == ("a.example",)
+    assert egress_for(tree, "demo", assemble({})) == Egress((), ("inner.example",))
+    assert egress_for(tree, "demo", assemble({"egress": {"hosts": ["a.example"]}})).hosts == ("a.example",)
+
+
+def test_the_agents_hosts_and_ecosystems_come_first_and_none_twice() -> None:
+    agent = {"command": ["x"], "egress_hosts": ["b.example", "*.c.example"], "egress_ecosystems": ["rust"]}
+    tree = Config.model_validate({"agents": {"a": agent}})
+    user = assemble({"egress": {"hosts": ["d.example:8443", "b.example"], "ecosystems": ["rust", "ruby"]}})
+    ready = (*HOSTS["rust"], *HOSTS["ruby"])
+    assert egress_for(tree, "a", user).hosts == ("b.example", "*.c.example", "d.example:8443", *ready)
+    assert egress_for(tree, "demo", assemble({})).hosts == ()
 
 
 class Told(GatewayLink):

@@ -29,7 +29,8 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("providers", {"anthropic": {"use": "anthropic-eu"}}),
     ("env", {"FOO_bar1": "x\ny"}),
     ("workspace", {"path": "code/project"}),
-    ("egress", {"hosts": ["api.example.com"]}),
+    ("egress", {"hosts": ["api.example.com", "a.example:8443", "*.b.example", "*.c.example:80", "10.0.0.1:5000"]}),
+    ("egress", {"ecosystems": ["python", "git"], "hosts": []}),
     ("limits", {"memory_bytes": 2**30, "cpus": 1.5, "pids": 100}),
     *((section, {}) for section in SECTIONS),
 ]
@@ -67,6 +68,7 @@ BAD: list[tuple[str, object, str]] = [
     ("workspace", {"path": ""}, "path"),
     ("egress", {"hosts": ["https://x"]}, "hosts.0"),
     ("egress", {"hosts": ["*"]}, "hosts.0"),
+    ("egress", {"ecosystems": ["cobol"]}, "ecosystems.0"),
     ("limits", {"pids": "64"}, "pids"),
     ("limits", {"pids": True}, "pids"),
     ("limits", {"memory_bytes": 1}, "memory_bytes"),
