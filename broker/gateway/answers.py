@@ -27,8 +27,11 @@ def answer(error: CortexError, *, close: bool, head_only: bool = False) -> bytes
         f"content-length: {len(body)}",
         f"x-cortex-error: {error.code.slug}",
     ]
-    if error.code.retryable:
-        lines.append(f"retry-after: {math.ceil(error.details.get('retry_after_s', 1))}")
+    retry_after_s = error.details.get("retry_after_s", 1 if error.code.retryable else None)
+    if retry_after_s is not None:
+        lines.append(f"retry-after: {max(1, math.ceil(retry_after_s))}")
+    if status == HTTPStatus.TOO_MANY_REQUESTS and not error.code.retryable:
+        lines.append("x-should-retry: false")  # SDKs of providers retry every other 429
     if error.code is Code.BAD_METHOD:
         lines.append("allow: CONNECT" if error.details.get("proxy") else "allow: GET, HEAD, POST, PUT, PATCH, DELETE")
     if close:
