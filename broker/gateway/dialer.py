@@ -10,8 +10,9 @@ from typing import TypeVar
 from broker.errors import Code, CortexError
 from broker.gateway.addresses import permitted
 from broker.gateway.answers import address_refused
-from broker.gateway.resolve import Resolver
+from broker.gateway.resolve import Answer, Resolver
 from broker.gateway.routes import Origin
+from broker.gateway.tls import ClientContext
 
 P = TypeVar("P", bound=asyncio.Protocol)
 MAX_ADDRESSES = 8
@@ -29,7 +30,7 @@ class Dialer:
         self._resolver = resolver
         self._guests = guests or resolver
         self._timeout_s = timeout_s
-        self._contexts: dict[str, ssl.SSLContext] = {}
+        self._contexts: dict[str, ClientContext] = {}
 
     @property
     def timeout_s(self) -> float:
@@ -40,15 +41,34 @@ class Dialer:
         """A connected protocol. Raises ``CortexError``: unreachable, or all addresses refused."""
         operators = origin.pooled and origin.private
         resolver = self._resolver if operators else self._guests
-        addresses = permitted(await resolver.addresses(origin.host), private=origin.private)
+        found = await resolver.answer(origin.host)
+        context = await self._context(origin.ca) if origin.scheme == "https" else None
+        start, timeout_s = asyncio.get_running_loop().time(), self._timeout_s()
+        try:
+            share = timeout_s / 2 if found.renewing else timeout_s
+            return await self._try(origin, found.addresses, context, factory, start + share)
+        except CortexError:
+            newer = await _newer(resolver, origin.host, found)
+            if not newer:
+                raise
+        return await self._try(origin, newer, context, factory, start + timeout_s)
+
+    async def _try(
+        self,
+        origin: Origin,
+        addresses: list[str],
+        context: ClientContext | None,
+        factory: Callable[[], P],
+        deadline: float,
+    ) -> P:
+        """One address after the other, each with its share of the time left, and judged at every dial, however old
+        the answer is."""
+        addresses = permitted(addresses, private=origin.private)[:MAX_ADDRESSES]
         if not addresses:
             raise address_refused(origin.host)
-        context = await self._context(origin.ca) if origin.scheme == "https" else None
-        deadline = asyncio.get_running_loop().time() + self._timeout_s()
-        last: BaseException = OSError("no address")
-        for count, address in enumerate(addresses[:MAX_ADDRESSES]):
-            left = deadline - asyncio.get_running_loop().time()
-            share = left / (min(len(addresses), MAX_ADDRESSES) - count)
+        last: BaseException = TimeoutError()
+        for count, address in enumerate(addresses):
+            share = (deadline - asyncio.get_running_loop().time()) / (len(addresses) - count)
             if share <= 0:
                 break
             try:
@@ -57,12 +77,12 @@ class Dialer:
                 last = error
         raise _unreachable(origin, last) from last
 
-    async def _context(self, ca: str) -> ssl.SSLContext:
+    async def _context(self, ca: str) -> ClientContext:
         """Reading a bundle takes tens of milliseconds, so in a thread, and once."""
         context = self._contexts.get(ca)
         if context is None:
             try:
-                context = await asyncio.get_running_loop().run_in_executor(None, _make_context, ca)
+                context = await asyncio.get_running_loop().run_in_executor(None, ClientContext.trusting, ca)
             except (ssl.SSLError, ValueError) as error:
                 raise CortexError(
                     Code.UPSTREAM_UNREACHABLE,
@@ -79,10 +99,14 @@ class Dialer:
         await self._context("")
 
 
-def _make_context(ca: str) -> ssl.SSLContext:
-    context = ssl.create_default_context(cadata=ca or None)
-    context.set_alpn_protocols(["http/1.1"])
-    return context
+async def _newer(resolver: Resolver, host: str, found: Answer) -> list[str]:
+    """Addresses that an answer past its time did not have: the server may have moved since."""
+    if not found.renewing:
+        return []
+    try:
+        return [address for address in await resolver.renewed(host) if address not in found.addresses]
+    except CortexError:
+        return []
 
 
 async def _connect(origin: Origin, address: str, context: ssl.SSLContext | None, factory: Callable[[], P]) -> P:

@@ -14,6 +14,7 @@ from broker.gateway.places import Places
 from broker.gateway.prewarm import Prewarm
 from broker.gateway.routes import Origin
 from broker.gateway.stats import Stats
+from broker.gateway.tls import keep_session
 from broker.host.tasks import TaskOwner
 
 IDLE_S = 55.0
@@ -79,6 +80,11 @@ class Upstream(asyncio.Protocol):
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
+
+    def remember(self) -> None:
+        """Has its TLS session kept for the next connection; done once, when something was or may have been read."""
+        if not self.used and self._transport is not None:
+            keep_session(self._transport.get_extra_info("ssl_object"))
 
     def abort(self) -> None:
         """Breaks the connection at once; the sink hears nothing more."""
@@ -177,6 +183,7 @@ class Upstream(asyncio.Protocol):
     def _finish(self, *, reusable: bool) -> None:
         sink, head = self._sink, self._head
         self._sink = None
+        self.remember()
         self.fresh = False
         self.used = True
         self.hold(False)
@@ -344,6 +351,7 @@ class Pool:
         for lane in list(self._lanes.values()):
             for upstream in [each for each in lane.idle if each.idle_until <= now]:
                 self._unidle(lane, upstream)
+                upstream.remember()
                 upstream.abort()
             if lane.prewarm is not None and lane.wanting:
                 lane.prewarm.wake()
