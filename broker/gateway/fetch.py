@@ -82,7 +82,7 @@ async def fetch(
     request = [b"%s %s HTTP/1.1\r\n%s%s\r\n" % (method, target, headers, length), body]
     try:
         async with asyncio.timeout(timeout_s):
-            upstream = pool.take(origin) or await pool.dial(origin)
+            upstream = pool.take(origin) or await pool.dial(origin, wait_s=timeout_s / 2)
             gather = _Gather(max_bytes)
             try:
                 return await _ask(upstream, gather, method, request)
@@ -90,7 +90,7 @@ async def fetch(
                 # The server may have closed an idle connection just as it was used; asking again is harmless here.
                 if upstream.fresh or gather.begun or method not in _REPEATABLE:
                     raise
-            return await _ask(await pool.dial(origin), _Gather(max_bytes), method, request)
+            return await _ask(await pool.dial(origin, wait_s=timeout_s / 2), _Gather(max_bytes), method, request)
     except TimeoutError as error:
         raise CortexError(
             Code.UPSTREAM_TIMEOUT, f"{origin.host} did not answer in time", hint="check that the server is well"
