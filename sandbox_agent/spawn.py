@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 
-from sandbox_agent import homefiles
+from sandbox_agent import homefiles, proxies
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
@@ -67,18 +67,15 @@ class Surroundings:
     def environment_with(self, env: dict[str, str]) -> dict[str, str]:
         """``environment`` and what an agent is given besides, its placeholders filled in, all but ``{port}``."""
         places = self.places()
-        return self.environment() | {name: fill(value, places) for name, value in env.items()}
+        return proxies.over(self.environment(), {name: fill(value, places) for name, value in env.items()})
 
     def environment(self) -> dict[str, str]:
         """Our own environment (the driver keeps it clean) with HOME and the proxy put in."""
-        proxy = f"http://127.0.0.1:{self.egress_port}"
-        direct = "127.0.0.1,localhost,::1"
         env = dict(os.environ)
         env.setdefault("PATH", DEFAULT_PATH)
         env.setdefault("LANG", "C.UTF-8")
         env["HOME"] = self.home
-        env |= {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "http_proxy": proxy, "https_proxy": proxy}
-        return env | {"NO_PROXY": direct, "no_proxy": direct}
+        return env | proxies.variables(self.egress_port)
 
 
 def fill(text: str, places: dict[str, str]) -> str:
@@ -100,7 +97,7 @@ def launch(
     if any("{port}" in word for word in command):
         port = free_port()
         places["{port}"] = str(port)
-    full = surroundings.environment() | {name: fill(value, places) for name, value in env.items()}
+    full = proxies.over(surroundings.environment(), {name: fill(value, places) for name, value in env.items()})
     try:
         homefiles.write_missing(surroundings.home, {fill(p, places): fill(t, places) for p, t in files.items()})
     except (homefiles.UnsafePath, OSError) as error:
@@ -126,7 +123,7 @@ def launch(
 def check(command: list[str], env: dict[str, str], surroundings: Surroundings) -> None:
     """Raises ``SpawnError`` when the program of ``command`` is not there or not executable."""
     places = surroundings.places()
-    full = surroundings.environment() | {name: fill(value, places) for name, value in env.items()}
+    full = proxies.over(surroundings.environment(), {name: fill(value, places) for name, value in env.items()})
     resolve(fill(command[0], places) if command else "", full)
 
 

@@ -9,7 +9,13 @@ import re
 from broker.gateway.heads import Headers
 
 _PRODUCT = re.compile(rb"[A-Za-z][A-Za-z0-9._+-]{0,31}")
-_KNOWN = ((b"apt-http", "apt"), (b"apache-maven", "mvn"), (b"go-http-client", "go"), (b"python-urllib", "python"))
+_KNOWN = (
+    (b"apt-http", "apt"),
+    (b"apache-maven", "mvn"),
+    (b"apache-httpclient", "java"),
+    (b"go-http-client", "go"),
+    (b"python-urllib", "python"),
+)
 
 
 def tool_of(headers: Headers) -> str:

@@ -37,6 +37,12 @@ HOSTS: Mapping[Ecosystem, tuple[str, ...]] = {
     ),
 }
 
+TOOLS: Mapping[Ecosystem, str] = {
+    **{"python": "pip", "node": "npm", "go": "go", "rust": "cargo"},
+    **{"java": "a JVM", "ruby": "gem", "debian": "apt", "git": "git"},
+}
+"""Which tool asks for an ecosystem's hosts as a rule."""
+
 
 def hosts_of(names: Iterable[Ecosystem]) -> tuple[str, ...]:
     """The hosts of all of them, each once."""

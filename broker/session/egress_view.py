@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from broker.gateway.addresses import listed
 from broker.metrics import EGRESS_BYTES, EGRESS_DECISIONS
-from broker.session.ecosystems import ecosystem_of
+from broker.session.ecosystems import TOOLS, ecosystem_of
 
 Result = Literal["allowed", "denied", "refused_address", "limited"]
 RESULTS: tuple[Result, ...] = ("denied", "refused_address", "limited", "allowed")
@@ -103,7 +103,9 @@ class EgressView:
 
 def denial(user: str, seen: Seen, section: Mapping[str, Any]) -> str:
     """What is said of a host that no list allows."""
-    where = f"{seen.tool or 'something'} wanted {place(seen.host, seen.port)}: denied"
+    ecosystem = ecosystem_of(seen.host, seen.port)
+    guess = f"{TOOLS[ecosystem]} or the like" if ecosystem else "something"
+    where = f"{seen.tool or guess} wanted {place(seen.host, seen.port)}: denied"
     line = allow_line(user, section, seen.host, seen.port)
     return f"{where}; allow it with: {line}" if line else f"{where}; addresses of IPv6 cannot be allowed"
 

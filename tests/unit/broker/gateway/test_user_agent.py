@@ -21,6 +21,7 @@ def user(text: str) -> bytes:
         ([(b"user-agent", b"curl/8.0")], "curl"),
         ([(b"User-Agent", b"Debian APT-HTTP/1.3 (2.6.1)")], "apt"),
         ([(b"User-Agent", b"Apache-Maven/3.9.6 (Java 17)")], "mvn"),
+        ([(b"User-Agent", b"Apache-HttpClient/4.5.14 (Java/17.0.15)")], "java"),
         ([(b"User-Agent", b"Go-http-client/1.1")], "go"),
         ([(b"Proxy-Authorization", user("pip:"))], "pip"),
         ([(b"Proxy-Authorization", user("npm:")), (b"User-Agent", b"node/22")], "node"),

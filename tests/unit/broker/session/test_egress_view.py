@@ -13,7 +13,7 @@ from broker.session.egress_view import MAX_HOSTS, MAX_USERS, MAX_WARNINGS, Egres
 RESULTS = ("allowed", "denied", "refused_address", "limited")
 
 
-def row(host: str, port: int = 443, tool: str = "", **counts: int) -> dict[str, Any]:
+def row(host: str, port: int = 443, tool: str = "", **counts: Any) -> dict[str, Any]:
     return {"host": host, "port": port, "tool": tool} | dict.fromkeys((*RESULTS, "sent", "received"), 0) | counts
 
 
@@ -98,6 +98,13 @@ def test_hosts_of_an_ecosystem_are_allowed_with_it() -> None:
     line = allow_line("ann", {"hosts": ["b.example"]}, HOSTS["python"][1], 443)
     assert added(line) == {"hosts": ["b.example"], "ecosystems": ["python"]}
     assert added(allow_line("ann", {"ecosystems": ["go"]}, HOSTS["python"][1], 443)) == {"ecosystems": ["go", "python"]}
+
+
+def test_a_tool_that_does_not_say_its_name_is_guessed_by_the_host() -> None:
+    host = HOSTS["python"][1]
+    assert denial("ann", Seen("main", host, 443), {}).startswith(f"pip or the like wanted {host}: denied")
+    assert denial("ann", Seen("main", host, 443, "uv"), {}).startswith(f"uv wanted {host}: denied")
+    assert denial("ann", Seen("main", "a.example", 80), {}).startswith("something wanted a.example:80: denied")
 
 
 def test_no_line_breaks_out_of_its_quotes() -> None:
