@@ -99,19 +99,6 @@ def ttl_s(rule: CacheRule, endpoint: Endpoint) -> float:
     return rule.list_ttl_s if endpoint is Endpoint.LIST else rule.ttl_s
 
 
-def request_key(
-    rule: CacheRule, provider: str, scope: str, endpoint: Endpoint, method: bytes, target: bytes, headers: Headers,
-    body: bytes,
-) -> bytes | None:  # fmt: skip
-    """None: not to be shared. ``target``: behind the provider's name; ``scope``: names the credential that the call
-    is made with, whoever brings it."""
-    said = _said(headers)
-    if said is None:
-        return None
-    common = asked(rule, endpoint, method, target, body)
-    return None if common is None else digest(provider.encode(), scope.encode(), common, *said)
-
-
 def asked(rule: CacheRule, endpoint: Endpoint, method: bytes, target: bytes, body: bytes) -> bytes | None:
     """What is asked, whoever asks; None: not to be shared."""
     path, question, query = target.partition(b"?")
@@ -151,7 +138,7 @@ def _members(text: bytes) -> int:
     return _STRING.sub(b"", text).count(b":")
 
 
-def _said(headers: Headers) -> list[bytes] | None:
+def said(headers: Headers) -> list[bytes] | None:
     """The headers that change answers; None: the client wants no stored answer, or a part of one."""
     found: dict[bytes, list[bytes]] = {}
     for name, value in headers:
@@ -160,13 +147,13 @@ def _said(headers: Headers) -> list[bytes] | None:
             found.setdefault(low, []).append(value.strip())
         elif low in _CONDITIONAL or (low in _DIRECTIVES and _FRESH.search(value)):
             return None
-    said: list[bytes] = []
+    parts: list[bytes] = []
     for low in sorted(found):
         values: Iterable[bytes] = found[low]
         if low in _LISTS:
             values = sorted({part.strip() for value in values for part in value.split(b",")})
-        said += (low, b",".join(values))
-    return said
+        parts += (low, b",".join(values))
+    return parts
 
 
 # -- rules

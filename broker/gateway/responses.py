@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from broker.gateway import cache
 from broker.gateway.cache import Lru, Recorded
@@ -12,7 +15,15 @@ from broker.gateway.caller import Endpoint
 from broker.gateway.complete import complete
 from broker.gateway.heads import Headers, ResponseHead
 from broker.gateway.policy import CacheRule, CacheStore
+from broker.gateway.prewarm import Loaded, load, warm_key
 from broker.host.tasks import TaskOwner
+
+if TYPE_CHECKING:
+    from broker.gateway.redis_cache import RedisCache
+
+MAX_NAMED = 20
+"""Bad lines of a file that are named in the log."""
+log = structlog.get_logger(__name__)
 
 
 class Responses:
@@ -20,9 +31,15 @@ class Responses:
 
     def __init__(self, store: CacheStore, tasks: TaskOwner, clock: Callable[[], float] | None = None) -> None:
         self._clock = clock or asyncio.get_running_loop().time
-        self._tasks = tasks
         self._memory = Lru(store.max_bytes)
-        self.asynchronous = False
+        self._redis: RedisCache | None = None
+        if store.backend == "redis":
+            # 10 MB and 0.2 s that only those pay who use it.
+            from broker.gateway.redis_cache import RedisCache
+
+            self._redis = RedisCache(store, tasks)
+        self.asynchronous = self._redis is not None
+        self._written: dict[str, tuple[float, dict[bytes, Recorded]]] = {}
         self.hits = self.misses = self.stored = 0
 
     # -- looking up
@@ -35,21 +52,59 @@ class Responses:
         self, rule: CacheRule, provider: str, scope: str, endpoint: Endpoint, method: bytes, target: bytes,
         headers: Headers, body: bytes,
     ) -> bytes | None:  # fmt: skip
-        """None: not to be shared. ``target``: behind the provider's name; ``scope``: names the credential."""
-        return cache.request_key(rule, provider, scope, endpoint, method, target, headers, body)
+        """None: not to be shared. ``target``: behind the provider's name; ``scope``: names the credential that the
+        call is made with, whoever brings it; ``headers``: as the client sent them."""
+        question = cache.asked(rule, endpoint, method, target, body)
+        said = cache.said(headers)
+        if question is None or said is None:
+            return None
+        if provider in self._written:
+            key = warm_key(provider, question)
+            if key in self._written[provider][1]:
+                return key
+        return cache.digest(provider.encode(), scope.encode(), question, *said)
 
     def hit(self, key: bytes) -> Recorded | None:
         """The answer, if it is here; with ``x-cortex-cache`` and ``age``."""
-        found = self._memory.get(key, self._clock())
+        now = self._clock()
+        found = self._memory.get(key, now)
         if found is None:
-            self.misses += 1
+            found = next(((each[key], now - since) for since, each in self._written.values() if key in each), None)
+        if found is None:
+            self.misses += not self.asynchronous
             return None
         self.hits += 1
         return found[0].marked(b"hit", found[1])
 
     async def get(self, key: bytes) -> Recorded | None:
         """As ``hit``, wherever answers are kept. Never raises."""
-        return self.hit(key)
+        here = self.hit(key)
+        if here is not None or self._redis is None:
+            return here
+        found = await self._redis.get(key)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        return found[0].marked(b"hit", found[1])
+
+    async def prewarm(self, provider: str, rule: CacheRule) -> Loaded:
+        """Reads the rule's file, if it has one; its answers stay, and replace those read for ``provider`` before."""
+        loaded = Loaded()
+        if rule.enabled and rule.prewarm_file:
+            try:
+                loaded = await asyncio.to_thread(load, Path(rule.prewarm_file), provider, rule, self._memory.max_bytes)
+            except OSError as error:
+                loaded.bad.append(error.strerror or str(error))
+        if loaded.bad:
+            log.warning(
+                "prewarm_skipped", provider=provider, file=rule.prewarm_file, lines=loaded.bad[:MAX_NAMED],
+                skipped=len(loaded.bad),
+            )  # fmt: skip
+        self._written.pop(provider, None)
+        if loaded.answers:
+            self._written[provider] = (self._clock(), loaded.answers)
+        return loaded
 
     # -- recording
 
@@ -59,22 +114,27 @@ class Responses:
         return Recorder(lambda answer: self._keep(key, answer, ttl), rule.max_entry_bytes)
 
     def _keep(self, key: bytes, answer: Recorded, ttl: float) -> None:
-        if self._memory.put(key, answer, self._clock(), ttl):
-            self.stored += 1
+        if self._redis is not None:
+            self.stored += self._redis.put(key, answer, ttl)
+        else:
+            self.stored += self._memory.put(key, answer, self._clock(), ttl)
 
     def view(self) -> dict[str, Any]:
         """What there is and how it went."""
         return {
-            "backend": "memory",
+            "backend": "memory" if self._redis is None else "redis",
             "hits": self.hits,
             "misses": self.misses,
             "stored": self.stored,
             "entries": len(self._memory),
             "bytes": self._memory.size,
-        }
+            "written": sum(len(answers) for _, answers in self._written.values()),
+        } | ({} if self._redis is None else self._redis.view())
 
     async def close(self) -> None:
-        """Nothing is kept any more."""
+        """Lets go of Redis."""
+        if self._redis is not None:
+            await self._redis.close()
 
 
 class Recorder:
