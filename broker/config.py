@@ -157,7 +157,12 @@ class AgentConfig(Section):
     env: dict[str, str] = Field({}, description="Environment; the same placeholders.")
     files: dict[str, str] = Field({}, description="Files put under HOME where they do not exist yet.")
     provider: str = Field("", description="Model provider, a name in [gateway.providers].")
-    model: str = Field("", description="Model used where the user names none; empty: the agent's own choice.")
+    model: str = Field(
+        "",
+        description="Model used where the user names none; empty: the agent's own choice; fastest: of models the one "
+        "that begins to answer soonest.",
+    )
+    models: tuple[str, ...] = Field((), max_length=32, description="Models to choose from where model is fastest.")
     model_env: dict[str, str] = Field({}, description="Environment that names the model, as {model}.")
     model_args: tuple[str, ...] = Field((), description="Arguments that name the model, as {model}.")
     prewarm: Literal["agent", "server"] = Field(
@@ -185,6 +190,12 @@ class AgentConfig(Section):
         (), description="Ready-made lists of hosts: python, node, go, rust, java, ruby, debian, git."
     )
     max_restarts: int = Field(5, ge=0, description="Restarts in a row before the agent counts as failed.")
+
+    @model_validator(mode="after")
+    def _choice(self) -> AgentConfig:
+        if self.model == "fastest" and not (self.models and self.provider):
+            raise ValueError("model fastest needs models to choose from, and provider: where they are measured")
+        return self
 
     @model_validator(mode="after")
     def _port(self) -> AgentConfig:

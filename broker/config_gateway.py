@@ -137,6 +137,23 @@ class CacheConfig(Section):
     redis_timeout_s: Seconds = Field(0.05, description="A slower answer of Redis counts as none.")
 
 
+ModelPattern = Annotated[str, Field(pattern=r"^[^\x00-\x1f*]{0,100}\*?$", min_length=1)]
+Usd = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
+class PriceConfig(Section):
+    input: Usd = Field(0.0, description="USD for a million tokens of the prompt.")
+    output: Usd = Field(0.0, description="For a million tokens that the model makes.")
+    cache_read: Usd | None = Field(None, description="For those read from the provider's cache. Default: as input.")
+    cache_write: Usd | None = Field(None, description="For those written to it. Default: as input.")
+
+
+class BudgetsConfig(Section):
+    period: Literal["day", "month"] = Field("month", description="Budgets are anew when it begins, in UTC.")
+    user_usd: Usd = Field(0.0, description="What each user may spend in it. 0: any amount.")
+    team_usd: Usd = Field(0.0, description="What each team may spend in it. 0: any amount.")
+
+
 class GatewayConfig(Section):
     mode: Literal["child", "external"] = Field("child", description="Started by serve, or a unit of its own.")
     link: str = Field("{runtime_dir}/gateway.sock", description="Socket on which the broker awaits the gateway.")
@@ -154,6 +171,11 @@ class GatewayConfig(Section):
         0, ge=0, description="What one sandbox may send and receive in an hour, model calls excepted. 0: any."
     )
     dns_timeout_s: Seconds = Field(5.0, description="Deadline of a name look-up.")
+    usage_days: int = Field(90, ge=1, le=3660, description="How long it is known who used what.")
+    prices: dict[ModelPattern, PriceConfig] = Field(
+        {}, max_length=1000, description="Prices by a model's name, or by how names begin: prefix*."
+    )
+    budgets: BudgetsConfig = BudgetsConfig()
     cache: CacheConfig = CacheConfig()
     providers: dict[AgentName, ProviderConfig] = Field({}, description="Model providers by name.")
 
