@@ -10,6 +10,7 @@ from typing import Any
 
 from broker.store.activity import forget as forget_activity
 from broker.store.db import Database
+from broker.store.usage import forget as forget_usage
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class UserStore:
         return int(rows[0][0])
 
     async def delete(self, user: str) -> None:
-        """Erases the user's sections, credentials, tokens, hook receipts and activity, all or none.
+        """Erases the user's sections, credentials, tokens, hook receipts, activity and usage, all or none.
 
         Sessions are the registry's; a vault that is open has erased the credentials before.
         """
@@ -62,4 +63,5 @@ class UserStore:
             ("DELETE FROM tokens WHERE user = ?", (user,)),
             ("DELETE FROM hook_receipts WHERE user = ?", (user,)),
             *forget_activity(user),
+            *forget_usage(user),
         )
