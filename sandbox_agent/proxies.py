@@ -35,7 +35,7 @@ def over(env: dict[str, str], given: dict[str, str]) -> dict[str, str]:
 
 
 def _java(port: int) -> str:
-    settings = {}
+    settings: dict[str, str] = {}
     for scheme in ("http", "https"):
         settings |= {f"{scheme}.proxyHost": HOST, f"{scheme}.proxyPort": str(port)}
     settings["http.nonProxyHosts"] = "localhost|127.0.0.1|[::1]"

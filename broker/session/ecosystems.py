@@ -38,8 +38,14 @@ HOSTS: Mapping[Ecosystem, tuple[str, ...]] = {
 }
 
 TOOLS: Mapping[Ecosystem, str] = {
-    **{"python": "pip", "node": "npm", "go": "go", "rust": "cargo"},
-    **{"java": "a JVM", "ruby": "gem", "debian": "apt", "git": "git"},
+    "python": "pip",
+    "node": "npm",
+    "go": "go",
+    "rust": "cargo",
+    "java": "a JVM",
+    "ruby": "gem",
+    "debian": "apt",
+    "git": "git",
 }
 """Which tool asks for an ecosystem's hosts as a rule."""
 

@@ -53,7 +53,7 @@ def test_every_decision_and_byte_is_in_the_metrics() -> None:
         return [counter._value.get() for counter in counters]
 
     before = values()
-    counts = dict(zip((*RESULTS, "sent", "received"), (1, 2, 3, 4, 5, 6), strict=True))
+    counts: dict[str, Any] = dict(zip((*RESULTS, "sent", "received"), (1, 2, 3, 4, 5, 6), strict=True))
     view = EgressView()
     view.heard(report(row("a.example", **counts)))
     view.heard(report(row("", 0, denied=10), user=""))
