@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from broker.errors import Code, CortexError
+from broker.gateway.ahead import Prewarm
 from broker.gateway.dialer import Dialer
 from broker.gateway.framing import Body, response_body
 from broker.gateway.heads import END, ResponseHead, parse_response
 from broker.gateway.places import Places
-from broker.gateway.prewarm import Prewarm
 from broker.gateway.routes import Origin
 from broker.gateway.stats import Stats
 from broker.gateway.tls import keep_session
