@@ -24,7 +24,8 @@ from aiohttp import web
 
 from tests.e2e.harness import IMAGE
 from tests.e2e.stdio import Rpc, RpcError, Turn, words
-from tests.standin.app import RECORDS, build_app
+from tests.standin.app import build_app
+from tests.standin.record import RECORDS
 
 UID = os.geteuid() or 64321
 HOME = "/vol/home"

@@ -20,7 +20,7 @@ def read_on(over: asyncio.Event) -> None:
 
 
 async def serve(host: str, port: int, ends_with_stdin: bool) -> None:
-    runner = web.AppRunner(build_app(), access_log=None, shutdown_timeout=0.5)
+    runner = web.AppRunner(build_app(), access_log=None, shutdown_timeout=0.5, handler_cancellation=True)
     await runner.setup()
     with socket.create_server((host, port), backlog=512) as sock:
         await web.SockSite(runner, sock).start()

@@ -6,12 +6,11 @@ import asyncio
 import itertools
 import json
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
 
-from tests.standin import sse
+from tests.standin.reply import Events, give
 from tests.standin.script import Answer, Asked, Tool, answer
 
 MODELS = ("claude-opus-5-5", "claude-haiku-4-5")
@@ -47,9 +46,13 @@ async def count_tokens(request: web.Request) -> web.Response:
 async def messages(request: web.Request) -> web.StreamResponse:
     body = await request.json()
     reply = answer(read(body))
-    if body.get("stream"):
-        return await sse.stream(request, events(body, reply))
-    return web.json_response(message(body, [block(reply)], "tool_use" if reply.tool else "end_turn"))
+    stop = "tool_use" if reply.tool else "end_turn"
+    return await give(
+        request,
+        reply,
+        events(body, reply) if body.get("stream") else None,
+        lambda: message(body, reply, [block(reply)], stop),
+    )
 
 
 def read(body: dict[str, Any]) -> Asked:
@@ -108,7 +111,7 @@ def block(reply: Answer) -> dict[str, Any]:
     return {"type": "text", "text": reply.text}
 
 
-def message(body: dict[str, Any], content: list[Any], stop: str | None) -> dict[str, Any]:
+def message(body: dict[str, Any], reply: Answer, content: list[Any], stop: str | None) -> dict[str, Any]:
     return {
         "id": f"msg_{next(_numbers)}",
         "type": "message",
@@ -117,15 +120,20 @@ def message(body: dict[str, Any], content: list[Any], stop: str | None) -> dict[
         "content": content,
         "stop_reason": stop,
         "stop_sequence": None,
-        "usage": {"input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": 0},
+        "usage": {
+            "input_tokens": reply.usage.input - reply.usage.cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": reply.usage.cached,
+            "output_tokens": reply.usage.output if stop else 1,
+        },
     }
 
 
-async def events(body: dict[str, Any], reply: Answer) -> AsyncIterator[tuple[str, Any]]:
+async def events(body: dict[str, Any], reply: Answer) -> Events:
     def event(kind: str, **values: Any) -> tuple[str, Any]:
         return kind, {"type": kind, **values}
 
-    yield event("message_start", message=message(body, [], None))
+    yield event("message_start", message=message(body, reply, [], None))
     start = block(reply)
     start["input" if reply.tool else "text"] = {} if reply.tool else ""
     yield event("content_block_start", index=0, content_block=start)
@@ -138,5 +146,5 @@ async def events(body: dict[str, Any], reply: Answer) -> AsyncIterator[tuple[str
             await asyncio.sleep(reply.delay_s)
     yield event("content_block_stop", index=0)
     stop = {"stop_reason": "tool_use" if reply.tool else "end_turn", "stop_sequence": None}
-    yield event("message_delta", delta=stop, usage={"output_tokens": max(1, len(reply.chunks))})
+    yield event("message_delta", delta=stop, usage={"output_tokens": reply.usage.output})
     yield event("message_stop")
