@@ -94,6 +94,27 @@ def test_the_pool_of_an_agent_is_shown_whole_though_it_is_commented_out() -> Non
     assert written.model_fields_set == set(PoolAgentConfig.model_fields)
 
 
+def test_the_servers_of_ollama_are_valid_once_they_are_no_longer_commented_out() -> None:
+    start = LINES.index("#[gateway.providers.ollama]")
+    end = next(at for at in range(start, len(LINES)) if not LINES[at].startswith("#"))
+    text = "\n".join(line[1:] for line in LINES[start:end] if not line.startswith("# "))
+    found = Config.model_validate(tomllib.loads(text)).gateway.providers["ollama"]
+    assert (found.kind, len(found.servers), found.max_fails, found.fail_timeout_s) == ("ollama", 3, 3, 30)
+    assert found.preload
+    assert found.preload_keep_alive == "24h"
+    assert found.cache.enabled
+    assert "ollama" not in tomllib.loads(SAMPLE.read_text())["gateway"]["providers"]
+    drop_in = (SAMPLE.parent / "systemd" / "ollama.conf").read_text()
+    told = re.findall(r"^Environment=(.*)$", drop_in, re.MULTILINE)[0].split()
+    assert dict(pair.split("=") for pair in told) == {
+        "OLLAMA_KEEP_ALIVE": found.preload_keep_alive,
+        "OLLAMA_MAX_LOADED_MODELS": "2",
+        "OLLAMA_NUM_PARALLEL": str(found.limits.provider.concurrency // len(found.servers)),
+    }
+    comment = " ".join(LINES[start - 2 : start])
+    assert all(pair in comment for pair in told)
+
+
 def test_it_loads_and_changes_no_default() -> None:
     loaded = load(SAMPLE, {"HOME": "/home/ann"}, root=False, checks=[default_problems]).config
     embedded = load(None, {"HOME": "/home/ann", "XDG_CONFIG_HOME": "/nowhere"}, root=False).config
