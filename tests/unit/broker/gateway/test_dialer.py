@@ -175,3 +175,110 @@ async def test_names_of_guests_hold_up_no_operators_provider(
         ours.close()
         theirs.close()
         await tasks.close()
+
+
+async def answered(resolver: Resolver, host: str, addresses: list[str]) -> None:
+    async with asyncio.timeout(5):
+        while await resolver.addresses(host) != addresses:
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def stale(names: Names, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Resolver]:
+    """One for operators' names, whose answers are past their time at once."""
+    monkeypatch.setattr(resolve, "TTL_S", 0.0)
+    monkeypatch.setattr(resolve, "RENEW_S", 0.0)
+    tasks = TaskOwner("test")
+    made = Resolver(tasks, lambda: 0.2, serve_stale=True)
+    yield made
+    if names.hang is not None:
+        names.hang.set()
+    made.close()
+    await tasks.close()
+
+
+async def test_operators_names_are_served_past_their_time_and_renewed_behind(names: Names, stale: Resolver) -> None:
+    names.answers = {"h": ["8.8.8.8"]}
+    assert await stale.addresses("h") == ["8.8.8.8"]
+    names.answers = {"h": ["9.9.9.9"]}
+    names.hang = threading.Event()
+    assert await stale.addresses("h") == ["8.8.8.8"], "it does not wait for the name server"
+    assert await stale.addresses("h") == ["8.8.8.8"]
+    names.hang.set()
+    await answered(stale, "h", ["9.9.9.9"])
+
+
+async def test_a_name_server_that_fails_is_not_asked_all_the_time(
+    names: Names, stale: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names.answers = {"h": ["8.8.8.8"]}
+    await stale.addresses("h")
+    monkeypatch.setattr(resolve, "RENEW_S", 100.0)
+    names.answers = {}
+    for _ in range(10):
+        assert await stale.addresses("h") == ["8.8.8.8"]
+        await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        while len(names.asked) < 2:
+            await asyncio.sleep(0.001)
+    await stale.addresses("h")
+    assert names.asked == ["h", "h"]
+
+
+async def test_an_answer_is_not_served_for_ever(names: Names, stale: Resolver, monkeypatch: pytest.MonkeyPatch) -> None:
+    names.answers = {"h": ["8.8.8.8"]}
+    await stale.addresses("h")
+    names.answers = {}
+    monkeypatch.setattr(resolve, "STALE_S", 0.0)
+    with pytest.raises(CortexError):
+        await stale.addresses("h")
+
+
+async def test_a_server_that_moved_is_found_in_the_same_dial(names: Names, stale: Resolver, port: int) -> None:
+    dialer = Dialer(stale, lambda: 2.0)
+    names.answers = {"h": ["127.0.0.2"]}
+    await stale.addresses("h")
+    names.answers = {"h": ["127.0.0.1"]}
+    await dialer.dial(origin("h", port, private=True), asyncio.Protocol)
+
+
+async def test_where_nothing_newer_is_known_the_first_error_counts(names: Names, stale: Resolver, port: int) -> None:
+    dialer = Dialer(stale, lambda: 2.0)
+    names.answers = {"h": ["127.0.0.2"]}
+    await stale.addresses("h")
+    for answers in ({}, dict(names.answers)):
+        names.answers = answers
+        with pytest.raises(CortexError) as caught:
+            await dialer.dial(origin("h", port, private=True), asyncio.Protocol)
+        assert caught.value.cause == "connection refused"
+
+
+@pytest.mark.parametrize("serve_stale", [True, False])
+async def test_a_name_that_turns_private_is_refused(
+    names: Names, monkeypatch: pytest.MonkeyPatch, port: int, serve_stale: bool
+) -> None:
+    """Rebinding: public while it is judged for a list, the machine's own network when it is dialled. Where the old
+    answer is still being served, it is the one connected to; the new one never is."""
+    monkeypatch.setattr(resolve, "TTL_S", 0.0)
+    tasks = TaskOwner("test")
+    resolver = Resolver(tasks, lambda: 2.0, serve_stale=serve_stale)
+    dialer = Dialer(resolver, lambda: 0.1)
+    names.answers = {"h": ["192.0.2.1", "8.8.8.8"]}
+    await resolver.addresses("h")
+    names.answers = {"h": ["127.0.0.1"]}
+    made: list[asyncio.Protocol] = []
+
+    def factory() -> asyncio.Protocol:
+        made.append(asyncio.Protocol())
+        return made[-1]
+
+    async with asyncio.timeout(5):
+        while True:
+            with pytest.raises(CortexError) as caught:
+                await dialer.dial(origin("h", port, private=False), factory)
+            if caught.value.code is Code.EGRESS_ADDRESS:
+                break
+            assert serve_stale
+    assert len(made) <= 1, "8.8.8.8 at most"
+    resolver.close()
+    await tasks.close()
