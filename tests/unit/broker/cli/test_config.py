@@ -77,6 +77,8 @@ def test_version_and_help(run: Run) -> None:
     assert "Commands:" in run("-h")[1]
     assert run("bench", "../x")[0] == 1
     assert run("bench", "nothing_such")[0] == 1
+    assert run("bench", "relay", "--only", "compare")[0] == 1
+    assert run("bench", "gateway", "--only", "nothing_such")[0] == 2
 
 
 def levels(found: list[findings.Finding]) -> dict[str, str]:
