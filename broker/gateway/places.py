@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -11,10 +12,12 @@ MAX_WAITING = 1024
 
 
 class Places(Generic[T]):
-    """``most``: how many places there are, 0 for no bound; ``taken``: how many are."""
+    """``most``: how many places there are, 0 for no bound; ``taken``: how many are. ``unwanted`` gets a thing that
+    was handed to somebody who went away."""
 
-    def __init__(self) -> None:
+    def __init__(self, unwanted: Callable[[T], None]) -> None:
         self.most = 0
+        self._unwanted = unwanted
         self.taken = 0
         self._waiting: deque[asyncio.Future[T | None]] = deque()
 
@@ -56,10 +59,7 @@ class Places(Generic[T]):
             if thing is None:
                 self.leave()
             elif not self.hand(thing):
-                self.unwanted(thing)
-
-    def unwanted(self, thing: T) -> None:
-        """What nobody waits for any more."""
+                self._unwanted(thing)
 
     def leave(self) -> None:
         """A place is given up."""

@@ -204,15 +204,12 @@ class _Lane(Places[Upstream]):
     """What the pool has of one origin: a place for each connection and each dial, idle connections newest last."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(Upstream.abort)
         self.keep_alive = True
         self.idle: list[Upstream] = []
         self.max_idle = MAX_IDLE
         self.prewarm: Prewarm | None = None
         self.configured = False
-
-    def unwanted(self, thing: Upstream) -> None:
-        thing.abort()
 
     @property
     def wanting(self) -> bool:

@@ -25,7 +25,7 @@ def opened(now: float = 0.0, fails: int = 3) -> Breaker:
 def test_failures_in_a_row_open_it_and_others_do_not() -> None:
     breaker = Breaker(3, REST)
     for outcome in ("failed", "failed", "ok", "failed", "neutral", "failed"):
-        call(breaker, 0, outcome)  # type: ignore[arg-type]
+        call(breaker, 0, outcome)
     assert breaker.state(0) == "closed"
     call(breaker, 0, "failed")
     assert breaker.state(0) == "open"

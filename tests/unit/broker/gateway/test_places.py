@@ -11,8 +11,8 @@ from broker.gateway.places import Places
 from tests import virtual
 
 
-def made(most: int) -> Places[str]:
-    one: Places[str] = Places()
+def made(most: int, left: list[str] | None = None) -> Places[str]:
+    one: Places[str] = Places([].append if left is None else left.append)
     one.most = most
     return one
 
@@ -85,9 +85,8 @@ def test_a_turn_that_comes_as_its_waiter_goes_passes_on(with_thing: bool) -> Non
 
 def test_a_turn_that_nobody_wants_any_more() -> None:
     async def run() -> None:
-        one = made(1)
         left: list[str] = []
-        one.unwanted = left.append  # type: ignore[method-assign]
+        one = made(1, left)
         one.take()
         (first,) = await waiting(one, 1)
         one.hand("thing")
