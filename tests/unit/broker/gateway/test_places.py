@@ -12,7 +12,8 @@ from tests import virtual
 
 
 def made(most: int, left: list[str] | None = None) -> Places[str]:
-    one: Places[str] = Places([].append if left is None else left.append)
+    left = [] if left is None else left
+    one = Places(left.append)
     one.most = most
     return one
 
