@@ -28,7 +28,8 @@ class Asked:
 
 def read(body: bytes, max_inputs: int) -> Asked | None:
     """None: it has to go alone."""
-    if len(body) > MAX_BYTES or canonical(body) is None:
+    whole = canonical(body) if len(body) <= MAX_BYTES else None
+    if whole is None or not isinstance(whole[0], dict):
         return None
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     given = fields.pop("input", None)
@@ -74,7 +75,7 @@ def split(body: bytes, members: Sequence[Asked]) -> list[bytes] | None:
         data = msgspec.json.decode(whole["data"], type=list[dict[str, msgspec.Raw]])
         usage = msgspec.json.decode(whole["usage"]) if "usage" in whole else None
         by_index = {msgspec.json.decode(each["index"], type=int): each for each in data}
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         return None
     total = sum(len(each.inputs) for each in members)
     if len(data) != total or set(by_index) != set(range(total)) or not isinstance(usage, dict | None):
