@@ -120,7 +120,8 @@ class Broker:
         self.front_url, self.control_url = url(front, "ws"), url(control, "http")
         about = (self.registry, self.access, self.users, self.config, lambda: self.front_url, self.health)
         stack = self.stack
-        self.control = ControlServer(Control(*about, stack.keeper, stack.foresight, stack.pool.view, stack.egress))
+        parts = (stack.keeper, stack.foresight, stack.pool.view, stack.usage, stack.egress)
+        self.control = ControlServer(Control(*about, *parts))
         self._open.push_async_callback(self.control.close)
         await self.control.start(*control)
         self.front = FrontDoor(self.registry, self.access, self.config, self._tasks)

@@ -81,6 +81,58 @@ EGRESS_BYTES = Counter(
     ("direction",),
     registry=REGISTRY,
 )
+_GEN_AI = ("gen_ai_provider_name", "gen_ai_request_model", "gen_ai_operation_name")
+GEN_AI_DURATION = Histogram(
+    "gen_ai_client_operation_duration_seconds",
+    "Calls to models, waiting for limits included. error_type: a status, cut, gone, or empty.",
+    (*_GEN_AI, "error_type"),
+    buckets=(0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
+    registry=REGISTRY,
+)
+GEN_AI_FIRST_TOKEN = Histogram(
+    "gen_ai_server_time_to_first_token_seconds",
+    "Until answers began, waiting for limits left out.",
+    _GEN_AI,
+    buckets=(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
+    registry=REGISTRY,
+)
+GEN_AI_OUTPUT_TOKEN = Histogram(
+    "gen_ai_server_time_per_output_token_seconds",
+    "Of each token after the first.",
+    _GEN_AI,
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5),
+    registry=REGISTRY,
+)
+GEN_AI_TOKENS = Histogram(
+    "gen_ai_client_token_usage",
+    "Tokens that providers charged, by call. gen_ai_token_type: input or output, cached and reasoning ones included.",
+    (*_GEN_AI, "gen_ai_token_type"),
+    buckets=tuple(4**power for power in range(14)),
+    registry=REGISTRY,
+)
+GATEWAY_QUEUE = Histogram(
+    "cortex_gateway_queue_seconds", "How long calls waited for limits.", ("provider",), buckets=_FAST, registry=REGISTRY
+)
+GATEWAY_COST = Counter(
+    "cortex_gateway_cost_usd_total", "What calls cost by [gateway.prices].", ("provider", "model"), registry=REGISTRY
+)
+GATEWAY_CACHE = Counter(
+    "cortex_gateway_cache_total",
+    "Calls to providers whose cache or coalescing is on. result: hit, coalesced, batched or miss.",
+    ("result",),
+    registry=REGISTRY,
+)
+GATEWAY_RETRIES = Counter(
+    "cortex_gateway_retries_total",
+    "Calls sent again, to the same provider or another.",
+    ("provider",),
+    registry=REGISTRY,
+)
+USAGE_LOST = Counter(
+    "cortex_usage_refused_total",
+    "Records of calls that could not be read, so that they do not count.",
+    registry=REGISTRY,
+)
 POOL_SIZE = Gauge(
     "cortex_pool_size",
     "Warm sandboxes. kind: generic or user; state: making, hot, paused or ending.",
@@ -164,6 +216,8 @@ for _result in ("hit", "empty", "stale", "failed"):
     POOL_CLAIMS.labels("generic", _result)
 for _result in ("allowed", "denied", "refused_address", "limited"):
     EGRESS_DECISIONS.labels(_result)
+for _result in ("hit", "coalesced", "batched", "miss"):
+    GATEWAY_CACHE.labels(_result)
 for _direction in ("sent", "received"):
     EGRESS_BYTES.labels(_direction)
 for _reason in ("tampered", "rolled_back"):

@@ -31,6 +31,7 @@ from broker.session.providers import BuilderNetwork, Credentials, FileCredential
 from broker.session.registry import Registry
 from broker.session.sandbox import Runtime
 from broker.session.sources import FilesSource, HttpSource, StoreSource
+from broker.session.usage import Accounting
 from broker.session.warm import WarmMaker
 from broker.store.activity import ActivityStore
 from broker.store.db import Database
@@ -39,6 +40,7 @@ from broker.store.keeper import Keeper
 from broker.store.keys import KeyFile
 from broker.store.packages import PackageStore
 from broker.store.sessions import WARM, SessionStore
+from broker.store.usage import UsageStore
 from broker.store.users import UserStore
 
 log = structlog.get_logger(__name__)
@@ -61,6 +63,7 @@ class Stack:
         self._credentials: Credentials = FileCredentials()
         self.foresight = Foresight(ActivityStore(db), lambda: config().pool)
         self.egress = EgressView()
+        self.usage = Accounting(UsageStore(db), config)
         self.keeper: Keeper | None = None
         """Of the vault; None where sandboxes are not isolated."""
 
@@ -99,12 +102,16 @@ class Stack:
 
     async def _open_gateway(self) -> None:
         config = self._config()
+        await self.usage.open()
         self.gateway = GatewayLink(
             Path(config.gateway.link),
             self._tasks,
             settings=lambda: self._config().gateway,
             on_report=self._reported,
         )
+        self.gateway.spent = self.usage.spent
+        self.usage.start(self.gateway)
+        self._closing.push_async_callback(self.usage.close)
         self._closing.push_async_callback(self.gateway.close)
         await self.gateway.start()
         self._child = GatewayChild(
@@ -118,6 +125,8 @@ class Stack:
         """The gateway tells something by itself."""
         if facts["kind"] == "egress":
             self.egress.heard(facts)
+        elif facts["kind"] == "usage":
+            self.usage.heard(facts)
         else:
             log.info("gateway_report", **facts)
 
@@ -134,7 +143,7 @@ class Stack:
         web_app = HttpSource(self._config)
         sources = (FilesSource(users_dir(config)), web_app, StoreSource(UserStore(self._db)))
         runtime = Runtime(
-            config=self._config,
+            config=self.usage.resolved,
             driver=self.driver,
             slots=self.slots,
             gateway=self.gateway,
@@ -183,6 +192,7 @@ class Stack:
 
     async def settings_changed(self) -> None:
         """config.toml is another one now."""
+        self.usage.settings_changed()
         self.registry.settings_reloaded()
         self.pool.settings_changed()
         await self.gateway.settings_changed()

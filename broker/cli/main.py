@@ -10,7 +10,22 @@ from typing import Annotated
 import typer
 
 from broker import __version__
-from broker.cli import activity, attach, bench, config, demo, doctor, output, pool, serve, session, token, user, vault
+from broker.cli import (
+    activity,
+    attach,
+    bench,
+    config,
+    demo,
+    doctor,
+    output,
+    pool,
+    serve,
+    session,
+    token,
+    usage,
+    user,
+    vault,
+)
 from broker.errors import CortexError
 
 app = typer.Typer(
@@ -32,6 +47,7 @@ app.add_typer(token.app, name="token")
 app.add_typer(vault.app, name="vault")
 app.add_typer(activity.app, name="activity")
 app.command()(pool.pool)
+app.command()(usage.usage)
 app.command()(attach.attach)
 app.command()(bench.bench)
 

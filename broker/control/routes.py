@@ -16,6 +16,7 @@ from broker.host.tasks import TaskOwner
 from broker.session.egress_view import EgressView
 from broker.session.foresight import Foresight
 from broker.session.port import RegistryPort
+from broker.session.usage import Accounting
 from broker.store.keeper import Keeper
 from broker.store.users import UserStore
 
@@ -29,8 +30,8 @@ class Control:
     ``config``: the tree of the moment. ``front_url``: ``ws://host:port`` of the front door, without a
     path. ``health``: what readiness depends on, by name; an empty string is good, else what is wrong.
     ``keeper``: of the vault; None where there is none, because sandboxes are not isolated.
-    ``foresight``: who comes when. ``pool``: what operators see of the warm sandboxes. ``egress``: what users'
-    sandboxes wanted of hosts outside.
+    ``foresight``: who comes when. ``pool``: what operators see of the warm sandboxes. ``usage``: what models were
+    used for. ``egress``: what users' sandboxes wanted of hosts outside.
     """
 
     registry: RegistryPort
@@ -42,6 +43,7 @@ class Control:
     keeper: Keeper | None
     foresight: Foresight
     pool: Callable[[], Mapping[str, Any]]
+    usage: Accounting
     egress: EgressView = field(default_factory=EgressView)
     tasks: TaskOwner = field(default_factory=lambda: TaskOwner("control"))
 

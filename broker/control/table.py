@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from broker.control import activity, credentials, egress, health, hooks, openapi, pool, prompt, schema, sessions, users
+from broker.control import (
+    activity,
+    credentials,
+    egress,
+    health,
+    hooks,
+    openapi,
+    pool,
+    prompt,
+    schema,
+    sessions,
+    usage,
+    users,
+)
 from broker.control.routes import Route
 from broker.errors import Code
 
@@ -167,6 +180,14 @@ ROUTES: tuple[Route, ...] = (
         ),
     ),
     Route("GET", "/v1/pool", pool.show, "The warm sandboxes, and why there are not more", answer=pool.Pool),
+    Route(
+        "GET",
+        "/v1/usage",
+        usage.show,
+        "What models were used for: tokens, cost, latency",
+        query=usage.Wanted,
+        answer=usage.Usage,
+    ),
     Route(
         "GET",
         "/v1/activity",

@@ -72,5 +72,6 @@ async def erase(request: web.Request) -> web.Response:
         await context.keeper.vault.erase(user)
     context.foresight.forget(user)
     context.egress.forget(user)
+    context.usage.forget(user)
     await context.users.delete(user)
     return answer(schema.Erased(user=user, sessions=sessions))

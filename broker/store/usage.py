@@ -56,7 +56,7 @@ class UsageFilter:
 @dataclass(frozen=True)
 class UsageSum:
     """``key``: a name, or the begin of an hour or day as seconds since the epoch; ``cached``: calls that no provider
-    was asked for; ``ttft_s``: mean of those that have it."""
+    was asked for; ``duration_s``, ``ttft_s``: added up, the latter of ``ttft_calls``."""
 
     key: str | int
     calls: int
@@ -69,7 +69,8 @@ class UsageSum:
     reasoning: int
     cost_usd: float
     duration_s: float
-    ttft_s: float | None
+    ttft_s: float
+    ttft_calls: int
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ class UsageStore:
         where = "".join(f" AND {name} = ?" for name in wanted.equal)
         order = "1" if by in ("hour", "day") else "sum(cost_usd) DESC, sum(input + output) DESC, sum(calls) DESC, 1"
         rows = await self._db.read(
-            f"SELECT {_KEYS[by]}, {', '.join(f'sum({name})' for name in _SUMS[:-2])}, "
-            "CASE WHEN sum(ttft_calls) > 0 THEN sum(ttft_s) / sum(ttft_calls) END "
+            f"SELECT {_KEYS[by]}, {', '.join(f'sum({name})' for name in _SUMS)} "
             f"FROM usage_hours WHERE hour >= ? AND hour < ?{where} GROUP BY 1 ORDER BY {order} LIMIT ?",
             (wanted.since, wanted.until, *wanted.equal.values(), limit),
         )

@@ -21,11 +21,13 @@ from broker.control.api import ControlServer
 from broker.control.routes import Control
 from broker.session.foresight import Foresight
 from broker.session.pool_view import Facts, view
+from broker.session.usage import Accounting
 from broker.store.activity import ActivityStore
 from broker.store.db import Database
 from broker.store.keeper import Keeper
 from broker.store.keys import KeyFile
 from broker.store.tokens import TokenStore
+from broker.store.usage import UsageStore
 from broker.store.users import UserStore
 from tests.unit.broker.control.fakes import FakeRegistry
 
@@ -86,8 +88,9 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     keeper = await Keeper.open(db, KeyFile(tmp_path / "state" / "vault.key"), bytes(32))
     foresight = Foresight(ActivityStore(db), lambda: config.pool, lambda: clock[0])
     front, pool = "ws://127.0.0.1:1", empty_pool()
+    usage = Accounting(UsageStore(db), lambda: config, lambda: clock[0])
     control = Control(
-        registry, access, UserStore(db), lambda: config, lambda: front, checks, keeper, foresight, lambda: pool
+        registry, access, UserStore(db), lambda: config, lambda: front, checks, keeper, foresight, lambda: pool, usage
     )
     server = ControlServer(control)
     listener = socket.create_server(("127.0.0.1", 0))

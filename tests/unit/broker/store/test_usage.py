@@ -48,7 +48,7 @@ async def test_what_is_told_twice_counts_once(db: Database) -> None:
     (found,) = await store.sums(EVERYTHING, "user")
     assert (found.key, found.calls, found.errors, found.input, found.output) == ("ann", 2, 1, 100, 20)
     assert (found.cache_read, found.cache_write, found.cost_usd, found.duration_s) == (120, 0, 1.0, 4.0)
-    assert found.ttft_s == 0.25
+    assert (found.ttft_s, found.ttft_calls) == (0.25, 1)
 
 
 async def test_sums_by_each_thing_with_filters(db: Database) -> None:
