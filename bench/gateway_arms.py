@@ -8,7 +8,7 @@ import json
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ LITELLM = PEERS / ".litellm" / "bin" / "litellm"
 PORTKEY = PEERS / ".portkey" / "node_modules" / "@portkey-ai" / "gateway" / "build" / "start-server.js"
 CHAT = "/v1/chat/completions"
 SLOW_START_S = 90.0
+Start = Callable[[contextlib.ExitStack, str, int], "Arm | None"]
 STOP_S = 10.0
 
 
@@ -103,9 +104,9 @@ def arms(directory: str, notes: list[str]) -> Iterator[dict[str, Arm]]:
         }
         for name, start in (("nginx", _nginx), ("haproxy", _haproxy), ("litellm", _litellm), ("portkey", _portkey)):
             try:
-                arm = start(stack, directory, far)
+                arm = _started(start, stack, directory, far)
             except RuntimeError as error:
-                notes.append(f"{name} is left out: {error}")
+                notes.append(f"{name} is left out: its process {str(error).rpartition('] ')[2]}")
                 continue
             if arm is None:
                 notes.append(f"{name} is left out: not installed; run bench/peers/install")
@@ -114,6 +115,14 @@ def arms(directory: str, notes: list[str]) -> Iterator[dict[str, Arm]]:
         for name in [*found]:
             _probe(found, name, notes)
         yield found
+
+
+def _started(start: Start, stack: contextlib.ExitStack, directory: str, far: int) -> Arm | None:
+    """Tried twice: somebody else may have taken the port that was free."""
+    try:
+        return start(stack, directory, far)
+    except RuntimeError:
+        return start(stack, directory, far)
 
 
 def _probe(found: dict[str, Arm], name: str, notes: list[str]) -> None:

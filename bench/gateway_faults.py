@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import random
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +14,12 @@ from typing import Any
 import uvloop
 
 from bench import lib
-from bench.gateway_arms import cortex, count, provider, section
+from bench.gateway_arms import Arm, cortex, count, provider, section
 from bench.peers import http_load as load
 
 PER_S, THINK_MS = 50.0, 40
 SERVERS, SANDBOXES = 3, 10
+KILL_AFTER_S = 0.53
 ERRORS_PERCENT, P95_S = 1.0, 1.0
 QUESTIONS, REPEATING_S, ALIKE = 200, 20.0, 500
 HITS_PERCENT, HIT_P50_MS = 70.0, 1.0
@@ -35,12 +38,14 @@ def failover(report: lib.Report, seconds: float) -> None:
             cortex(directory, section(directory, ports, **policy), slots=SANDBOXES, users=SANDBOXES)
         )
         request = arm.request(700, model=f"think-{THINK_MS}")
-        before = uvloop.run(load.open_loop(arm.ports, itertools.repeat(request), PER_S, seconds / 3))
-        first.kill()
+
+        def load_for(killing: subprocess.Popen[bytes] | None = None) -> load.Seen:
+            return uvloop.run(_steady(arm, request, seconds / 3, killing))
+
+        before, without = load_for(), load_for(first)
         first.wait()
-        without = uvloop.run(load.open_loop(arm.ports, itertools.repeat(request), PER_S, seconds / 3))
         stack.enter_context(provider(ports[0]))
-        after = uvloop.run(load.open_loop(arm.ports, itertools.repeat(request), PER_S, seconds / 3))
+        after = load_for()
         shares = [uvloop.run(count(port)) for port in ports]
     rows = [["", "calls", "errors", "p50, ms", "p95, ms", "worst, ms"]]
     whole = load.Seen()
@@ -63,6 +68,13 @@ def failover(report: lib.Report, seconds: float) -> None:
         lib.target("document 004: p95", "s", p95, P95_S),
         lib.target_least("document 004: calls to the server that came back", "", shares[0], 1),
     ]
+
+
+async def _steady(arm: Arm, request: bytes, seconds: float, killing: subprocess.Popen[bytes] | None) -> load.Seen:
+    """The load; ``killing`` dies in the midst of it, with calls under way."""
+    if killing is not None:
+        asyncio.get_running_loop().call_later(KILL_AFTER_S, killing.kill)
+    return await load.open_loop(arm.ports, itertools.repeat(request), PER_S, seconds)
 
 
 def repeating(report: lib.Report, seconds: float = REPEATING_S) -> None:
