@@ -25,6 +25,7 @@ from broker.session.credentials import VaultCredentials
 from broker.session.directory import Solo
 from broker.session.egress_view import EgressView
 from broker.session.foresight import Foresight
+from broker.session.policies import Policies
 from broker.session.pool import Pool
 from broker.session.preparation import Preparation
 from broker.session.providers import BuilderNetwork, Credentials, FileCredentials
@@ -113,6 +114,8 @@ class Stack:
         self.usage.start(self.gateway)
         self._closing.push_async_callback(self.usage.close)
         self._closing.push_async_callback(self.gateway.close)
+        self._policies = Policies(self.gateway, self._config, self._tasks)
+        await self._policies.start()
         await self.gateway.start()
         self._child = GatewayChild(
             self.gateway, self._tasks, log_level=config.broker.log_level, log_format=config.broker.log_format
@@ -196,6 +199,7 @@ class Stack:
         self.registry.settings_reloaded()
         self.pool.settings_changed()
         await self.gateway.settings_changed()
+        self._policies.settings_changed()
 
     async def _stop_gateway(self) -> None:
         """It stays for the sandboxes that go on."""

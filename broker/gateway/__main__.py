@@ -77,7 +77,7 @@ async def _serve(options: argparse.Namespace) -> None:
     dialling.cancel()
     orders.close()
     await _drain(table, context, options.drain)
-    context.close()
+    await context.close()
     await tasks.close()
     log.info("gateway_stopped")
 

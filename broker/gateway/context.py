@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,11 @@ import structlog
 
 from broker.gateway.dialer import Dialer
 from broker.gateway.messages import Settings
+from broker.gateway.plan import Plans
+from broker.gateway.policy import CacheStore, Policy
 from broker.gateway.resolve import Resolver
+from broker.gateway.responses import Responses
+from broker.gateway.routes import Route
 from broker.gateway.stats import Stats
 from broker.gateway.upstream import Pool
 from broker.gateway.usage_log import UsageLog
@@ -24,15 +28,13 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class Context:
-    """``report`` tells the broker something by itself, or gives False when it is not there. ``spent`` hears the
-    users and teams whose budgets are used up and until when, on the loop's clock. ``emptied`` is set whenever the
-    last connection of a sandbox has gone."""
+    """``report`` tells the broker something by itself, or gives False when it is not there. ``emptied`` is set
+    whenever the last connection of a sandbox has gone."""
 
     tasks: TaskOwner
     settings: Settings = field(default_factory=Settings)
     stats: Stats = field(default_factory=Stats)
     report: Callable[[dict[str, Any]], bool] = lambda _: False
-    spent: Callable[[Sequence[str], Sequence[str], float], None] = lambda users, teams, until: None
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -48,6 +50,21 @@ class Context:
         ]
         self.dialer = Dialer(self._resolvers[0], lambda: self.settings.connect_timeout_s, self._resolvers[1])
         self.pool = Pool(self.dialer, self.stats, lambda: self.settings.max_head_bytes, self.tasks)
+        self.plans = Plans(self.pool, self.tasks)
+        self._cache = CacheStore()
+        self.responses = Responses(self._cache, self.tasks)
+
+    def speaks_websocket(self, route: Route) -> bool:
+        """Whether calls on ``route`` may be WebSockets."""
+        return self.plans.of(route).policy.websocket
+
+    def treat(self, policies: Mapping[str, Policy], cache: CacheStore) -> None:
+        """Makes calls by these policies from now on. Raises ``CortexError`` and changes nothing."""
+        self.plans.set(policies)
+        if cache != self._cache:
+            self._cache = cache
+            self.tasks.start(self.responses.close(), "cache_close")
+            self.responses = Responses(cache, self.tasks)
 
     def note(self, event: str, **facts: Any) -> None:
         """Logs what a request caused, so many lines in so many seconds at most: sandboxes must not fill a disk."""
@@ -60,8 +77,10 @@ class Context:
         if self._noted <= MAX_NOTES:
             log.info(event, **facts)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.usage.close()
+        self.plans.close()
+        await self.responses.close()
         self.pool.close()
         for resolver in self._resolvers:
             resolver.close()

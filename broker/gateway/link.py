@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 
 from broker.config import GatewayConfig
@@ -33,6 +34,7 @@ from broker.gateway.messages import (
     pack,
 )
 from broker.gateway.packets import PacketSocket
+from broker.gateway.policy import CacheStore, Policy
 from broker.gateway.stats import GAUGES
 from broker.gateway.wishes import Wish, Wishes
 from broker.host.tasks import TaskOwner
@@ -90,6 +92,7 @@ class GatewayLink:
         self._awaited: dict[int, Answered] = {}
         self._next_id = 0
         self._answered_at = 0.0
+        self._policies: tuple[Mapping[str, Policy], CacheStore] = {}, CacheStore()
         self._stats: dict[str, int] = {}
         self._connects = 0
 
@@ -157,6 +160,12 @@ class GatewayLink:
         self._whole = True
         if self._peer is not None:
             self._enqueue(lambda: self._tell({"type": "whole"}))
+
+    def set_policies(self, policies: Mapping[str, Policy], cache: CacheStore) -> None:
+        """How calls to the operator's providers are treated from now on. Does not wait."""
+        self._policies = dict(policies), cache
+        if self._peer is not None:
+            self._enqueue(self._tell_policies)
 
     async def settings_changed(self) -> None:
         """Tells the gateway the settings of now. Does not wait."""
@@ -246,6 +255,7 @@ class GatewayLink:
         self._connects += 1
         self._stats = {}
         self._enqueue(self._tell_settings)
+        self._enqueue(self._tell_policies)
         self._enqueue(self._tell_spent)
         for wish in self._wishes:
             self._enqueue(lambda wish=wish: self._tell_wish(wish))  # type: ignore[misc]
@@ -261,6 +271,12 @@ class GatewayLink:
 
     def _tell_settings(self) -> None:
         self._tell({"type": "settings", "settings": asdict(Settings.of(self._settings()))})
+
+    def _tell_policies(self) -> None:
+        policies, cache = self._policies
+        for name, policy in policies.items():
+            self._tell({"type": "policy", "name": name, "policy": msgspec.to_builtins(policy)}, _log_refusal)
+        self._tell({"type": "policies", "cache": msgspec.to_builtins(cache)}, _log_refusal)
 
     def _tell_spent(self) -> None:
         if self.spent is not None:
@@ -353,6 +369,11 @@ def _listen(path: Path) -> socket.socket:
             Code.BAD_CONFIG, f"Cannot listen on {path}", cause=error.strerror, hint="set gateway.link or runtime_dir"
         ) from error
     return sock
+
+
+def _log_refusal(answer: dict[str, Any]) -> None:
+    if error := answer.get("error"):
+        log.error("gateway_policy_refused", error=error.get("what"), hint=error.get("hint"))
 
 
 def _put(entry: SlotEntry) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What the broker and the gateway process say to each other: one JSON object a packet, plus descriptors.
 
-The link is a SEQPACKET Unix socket, so a packet is a message. Broker to gateway: ``settings``,
-``put`` (with two listening descriptors when they are new), ``drop``, ``whole``, ``usage_seen``, ``spent``
-and ``ping``, each with an ``id`` that is answered. Gateway to broker: ``hello``, ``ack`` and ``report``.
+The link is a SEQPACKET Unix socket, so a packet is a message. Broker to gateway: ``settings``, ``policy`` (one a
+provider) and then ``policies`` (they are taken up), ``put`` (with two listening descriptors when they are new),
+``drop``, ``whole``, ``usage_seen``, ``spent`` and ``ping``, each with an ``id`` that is answered. Gateway to broker:
+``hello``, ``ack`` and ``report``.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from broker.gateway.policy import Kind
+
 if TYPE_CHECKING:
     # The gateway process does without what reads config.toml: 15 MB and 0.1 s.
     from broker.config import GatewayConfig
 
-VERSION = 2
+VERSION = 3
 MAX_PACKET = 256 * 2**10
 """Largest packet in bytes; below what a Unix socket's send buffer takes at once."""
 
-Kind = Literal["anthropic", "openai", "gemini", "ollama"]
 Scheme = Literal["key", "bearer", "passthrough"]
 """How a call is authenticated: the credential in the header of the provider's kind, as a bearer token (OAuth), or
 by what the sandbox itself sends, which is stripped otherwise."""
@@ -36,7 +38,8 @@ class Provider:
 
     ``credential`` is put into each call as ``scheme`` says ("" puts none in), ``headers`` besides; ``ca``
     is a PEM bundle ("": the system's); ``private`` allows ``base_url`` to lead to a private address, so
-    it is False for a ``base_url`` that an operator did not choose.
+    it is False for a ``base_url`` that an operator did not choose. ``policy`` names the operator's provider
+    by whose ``Policy`` calls are treated; its servers are asked then, not ``base_url``.
     """
 
     kind: Kind
@@ -46,6 +49,7 @@ class Provider:
     private: bool = True
     scheme: Scheme = "key"
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    policy: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from broker.errors import CortexError
 from broker.gateway.context import Context
 from broker.gateway.messages import VERSION, MessageError, Settings, entry_from_wire
 from broker.gateway.packets import PacketSocket
+from broker.gateway.policy import Policy, cache_from_wire, policies_from_wire
 from broker.gateway.table import Table
 
 REDIAL_MIN_S = 0.02
@@ -32,6 +33,8 @@ class Orders:
         self._link: PacketSocket | None = None
         self._lost: asyncio.Event = asyncio.Event()
         self._named: set[str] = set()
+        self._policies: dict[str, Policy] = {}
+        """Told, and to be taken up when the last one is."""
         self.alone_since: float | None = asyncio.get_running_loop().time()
         context.report = self.report
 
@@ -57,6 +60,7 @@ class Orders:
             return False
         self._lost.clear()
         self._named.clear()
+        self._policies.clear()
         self._link = PacketSocket(sock, self._received, self._gone)
         self.alone_since = None
         self._link.send({"type": "hello", "version": VERSION, "pid": os.getpid()})
@@ -106,13 +110,20 @@ class Orders:
                 self._table.keep_only(self._named)
             case "settings":
                 self._context.settings = Settings.from_wire(message["settings"])
+            case "policy":
+                self._policies |= policies_from_wire({str(message["name"]): message["policy"]})
+            case "policies":
+                policies, self._policies = self._policies, {}
+                self._context.treat(policies, cache_from_wire(message["cache"]))
             case "usage_seen":
                 self._context.usage.seen(str(message["boot"]), int(message["upto"]))
             case "spent":
                 until = asyncio.get_running_loop().time() + float(message["for_s"])
-                self._context.spent(list(message["users"]), list(message["teams"]), until)
+                self._context.plans.spent(list(message["users"]), list(message["teams"]), until)
             case "ping":
-                return {"stats": self._context.stats.view(), "slots": len(self._table)}
+                now = asyncio.get_running_loop().time()
+                view = {"stats": self._context.stats.view(), "slots": len(self._table)}
+                return {**view, "providers": self._context.plans.view(now), "cache": self._context.responses.view()}
             case other:
                 raise MessageError(other)
         return {}

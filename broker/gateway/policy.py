@@ -28,7 +28,7 @@ class Limit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Each limit holds for itself: all calls of the provider, those with one credential, of one user, of one sandbox."""
+    """Each limit holds for itself: all calls of the provider, those with one credential, of one user or sandbox."""
 
     provider: Limit = Limit()
     credential: Limit = Limit()

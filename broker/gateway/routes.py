@@ -8,6 +8,7 @@ its own (scheme ``passthrough``) those pass, for that slot and provider alone.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from broker.gateway.addresses import parse_authority
 from broker.gateway.answers import unknown_provider
 from broker.gateway.heads import RequestHead, ResponseHead, bad
 from broker.gateway.messages import Provider
+from broker.gateway.policy import Kind
 
 _HOP = frozenset(
     (
@@ -36,6 +38,8 @@ _RESPONSE_DROPS = (_HOP - {b"host", b"expect"}) | {
     b"set-cookie", b"set-cookie2", b"alt-svc", b"anthropic-organization-id", b"openai-organization", b"openai-project",
 }  # fmt: skip
 
+_ENCODING = b"accept-encoding"
+_IDENTITY = b"accept-encoding: identity\r\n"
 _BEARER = b"authorization: Bearer %s\r\n"
 _CREDENTIAL_HEADER = {
     "anthropic": b"x-api-key: %s\r\n",
@@ -65,20 +69,30 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
-    """A provider made ready: ``fixed`` is the lines that are put in (Host, the credential's), each with CRLF;
-    ``joins``: members of list headers by name; ``own_keys``: the sandbox's own credentials pass."""
+class Spot:
+    """A server: what is asked of it goes behind ``base_path``."""
 
-    name: str
     origin: Origin
     base_path: bytes
-    fixed: bytes
+    host_line: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A provider as one slot may use it. ``credential`` and ``fixed``: lines that are put in, each with CRLF;
+    ``own``: name of the slot's own credential, for limits and cache ("": the operator's are used); ``joins``:
+    members of list headers by name; ``own_keys``: the sandbox's own credentials pass."""
+
+    name: str
+    kind: Kind
+    spot: Spot
+    credential: bytes = field(default=b"", repr=False)
+    fixed: bytes = field(default=b"", repr=False)
+    own: str = ""
+    policy: str = ""
     drops: frozenset[bytes] = _REQUEST_DROPS
     joins: Mapping[bytes, bytes] = field(default_factory=dict)
     own_keys: bool = False
-
-    def __repr__(self) -> str:
-        return f"Route({self.name!r}, {self.origin.authority!r})"
 
 
 def compile_routes(providers: Mapping[str, Provider]) -> dict[bytes, Route]:
@@ -86,44 +100,68 @@ def compile_routes(providers: Mapping[str, Provider]) -> dict[bytes, Route]:
     return {name.encode(): _compile(name, provider) for name, provider in providers.items()}
 
 
-def _compile(name: str, provider: Provider) -> Route:
-    def wrong(what: str, hint: str) -> CortexError:
-        return CortexError(Code.BAD_CONFIG, f"provider {name}: {what}", hint=hint)
+def _wrong(name: str, what: str, hint: str) -> CortexError:
+    return CortexError(Code.BAD_CONFIG, f"provider {name}: {what}", hint=hint)
 
+
+def compile_spot(name: str, base_url: str, ca: str, *, private: bool = True, pooled: bool = True) -> Spot:
+    """The server at ``base_url``. Raises ``CortexError`` (``BAD_CONFIG``)."""
     url_hint = "give base_url as https://host[:port][/path]"
     try:
-        url = urlsplit(provider.base_url)
+        url = urlsplit(base_url)
         authority = parse_authority(url.netloc, 443 if url.scheme == "https" else 80)
     except ValueError as error:
-        raise wrong("base_url is malformed", url_hint) from error
+        raise _wrong(name, "base_url is malformed", url_hint) from error
     if url.scheme not in ("http", "https") or authority is None or url.query or url.fragment:
-        raise wrong("base_url is malformed", url_hint)
-    if not (provider.base_url.isascii() and provider.base_url.isprintable() and " " not in url.path):
-        raise wrong("base_url has odd characters", url_hint)
-    if not _printable(provider.credential):
-        raise wrong("the credential has odd characters", "store the key alone, without line ends")
-    template = _CREDENTIAL_HEADER.get(provider.kind)
+        raise _wrong(name, "base_url is malformed", url_hint)
+    if not (base_url.isascii() and base_url.isprintable() and " " not in url.path):
+        raise _wrong(name, "base_url has odd characters", url_hint)
+    origin = Origin(url.scheme, authority[0], authority[1], ca, private, pooled)
+    return Spot(origin, url.path.rstrip("/").encode(), b"host: %s\r\n" % origin.authority.encode())
+
+
+def credential_line(name: str, kind: Kind, credential: str, *, bearer: bool = False) -> bytes:
+    """The header that authenticates. Raises ``CortexError`` (``BAD_CONFIG``)."""
+    if not _printable(credential):
+        raise _wrong(name, "the credential has odd characters", "store the key alone, without line ends")
+    template = _CREDENTIAL_HEADER.get(kind)
     if template is None:
-        raise wrong(f"kind {provider.kind!r} is unknown", f"one of {', '.join(_CREDENTIAL_HEADER)}")
+        raise _wrong(name, f"kind {kind!r} is unknown", f"one of {', '.join(_CREDENTIAL_HEADER)}")
+    return (_BEARER if bearer else template) % credential.encode() if credential else b""
+
+
+def _compile(name: str, provider: Provider) -> Route:
+    line = credential_line(name, provider.kind, provider.credential, bearer=provider.scheme == "bearer")
     if provider.scheme not in ("key", "bearer", "passthrough"):
-        raise wrong(f"scheme {provider.scheme!r} is unknown", "key, bearer or passthrough")
+        raise _wrong(name, f"scheme {provider.scheme!r} is unknown", "key, bearer or passthrough")
     own_keys = provider.scheme == "passthrough"
     if own_keys and provider.credential:
-        raise wrong("the sandbox's own credential passes, or one is put in; not both", "leave the credential out")
-    extra = {name.lower().encode("ascii", "replace"): value.encode() for name, value in provider.headers.items()}
+        raise _wrong(
+            name, "the sandbox's own credential passes, or one is put in; not both", "leave the credential out"
+        )
+    extra = {header.lower().encode("ascii", "replace"): value.encode() for header, value in provider.headers.items()}
     taken = _HOP | _COOKIES | _CREDENTIALS
     for header, value in provider.headers.items():
         if not _HEADER_NAME.fullmatch(header) or header.lower().encode() in taken or not _printable(value):
-            raise wrong(f"header {header[:64]!r} cannot be put in", "a plain header with a value of one line")
-    origin = Origin(url.scheme, authority[0], authority[1], provider.ca, provider.private)
-    fixed = b"host: %s\r\n" % origin.authority.encode()
-    if provider.credential:
-        fixed += (_BEARER if provider.scheme == "bearer" else template) % provider.credential.encode()
+            raise _wrong(name, f"header {header[:64]!r} cannot be put in", "a plain header with a value of one line")
     joins = {header: value for header, value in extra.items() if header in _LISTS}
     sets = extra.keys() - joins.keys()
-    fixed += b"".join(b"%s: %s\r\n" % (header, extra[header]) for header in sorted(sets))
-    drops = (_HOP | _COOKIES if own_keys else _REQUEST_DROPS) | sets
-    return Route(name, origin, url.path.rstrip("/").encode(), fixed, drops, joins, own_keys)
+    return Route(
+        name=name,
+        kind=provider.kind,
+        spot=compile_spot(name, provider.base_url, provider.ca, private=provider.private),
+        credential=line,
+        fixed=b"".join(b"%s: %s\r\n" % (header, extra[header]) for header in sorted(sets)),
+        own="passthrough" if own_keys else _fingerprint(line),
+        policy=provider.policy,
+        drops=(_HOP | _COOKIES if own_keys else _REQUEST_DROPS) | sets,
+        joins=joins,
+        own_keys=own_keys,
+    )
+
+
+def _fingerprint(line: bytes) -> str:
+    return hashlib.blake2b(line, digest_size=12).hexdigest() if line else ""
 
 
 def _printable(text: str) -> bool:
@@ -131,7 +169,7 @@ def _printable(text: str) -> bool:
 
 
 def find_route(routes: Mapping[bytes, Route], target: bytes) -> tuple[Route, bytes]:
-    """The route of an origin-form ``target`` and the target that its provider gets.
+    """The route of an origin-form ``target`` and what goes behind the base path of its server.
     Raises ``CortexError``: 400, or 404 for a name that is not there."""
     if not target.startswith(b"/"):
         raise bad("the request target is not a path")
@@ -144,7 +182,7 @@ def find_route(routes: Mapping[bytes, Route], target: bytes) -> tuple[Route, byt
         _refuse_dot_segments(rest)
     if question and query and not route.own_keys:
         query = strip_keys(query)
-    return route, route.base_path + b"/" + rest + (b"?" + query if query else b"")
+    return route, b"/" + rest + (b"?" + query if query else b"")
 
 
 def _refuse_dot_segments(path: bytes) -> None:
@@ -175,24 +213,32 @@ def proxy_route(target: bytes, *, private: bool) -> tuple[Route, bytes] | None:
         return None
     origin = Origin("http", authority[0], authority[1], "", private, pooled=False)
     path = rest[cut:] if rest[cut : cut + 1] == b"/" else b"/" + rest[cut:]
-    return Route(origin.authority, origin, b"", b"host: %s\r\n" % origin.authority.encode(), _HOP), path
+    spot = Spot(origin, b"", b"host: %s\r\n" % origin.authority.encode())
+    return Route(origin.authority, "openai", spot, drops=_HOP, own_keys=True), path
 
 
-def request_head(route: Route, head: RequestHead, target: bytes) -> bytes:
-    """The head that goes upstream."""
+def passed(route: Route, head: RequestHead, *, plain: bool = False) -> bytes:
+    """The lines of ``head`` that go upstream, with what is put in and the body's framing, whichever server it is.
+    ``plain``: the answer is read here, so it must not be compressed."""
     drops, joins, named = route.drops, route.joins, head.hop_by_hop
-    parts = [b"%s %s HTTP/1.1\r\n" % (head.method, target), route.fixed]
+    parts = [route.fixed]
     for name, value in head.headers:
         low = name.lower()
-        if low not in drops and low not in named and low not in joins:
+        if low not in drops and low not in named and low not in joins and not (plain and low == _ENCODING):
             parts.append(b"%s: %s\r\n" % (name, value))
+    if plain:
+        parts.append(_IDENTITY)
     parts += [b"%s: %s\r\n" % (name, _joined(head, name, ours)) for name, ours in joins.items()]
     if head.chunked:
         parts.append(b"transfer-encoding: chunked\r\n")
     elif head.length is not None:
         parts.append(b"content-length: %d\r\n" % head.length)
-    parts.append(b"\r\n")
     return b"".join(parts)
+
+
+def request_head(spot: Spot, method: bytes, target: bytes, credential: bytes, lines: bytes) -> bytes:
+    """The head that goes upstream; ``lines`` as ``passed`` gives them."""
+    return b"%s %s%s HTTP/1.1\r\n%s%s%s\r\n" % (method, spot.base_path, target, spot.host_line, credential, lines)
 
 
 def _joined(head: RequestHead, name: bytes, ours: bytes) -> bytes:

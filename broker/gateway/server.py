@@ -1,4 +1,4 @@
-"""One connection of a sandbox: HTTP/1.1 requests, one after the other, handed to an exchange or a tunnel.
+"""One connection of a sandbox: HTTP/1.1 requests, one after the other, handed to a call or a tunnel.
 
 Which slot a connection belongs to was settled when it was accepted; whether that slot may be
 served, and with what, is asked for every request. What a sandbox sends is hostile: heads are
@@ -12,13 +12,15 @@ from typing import cast
 
 from broker.errors import Code, CortexError
 from broker.gateway import answers
+from broker.gateway.call import Call
+from broker.gateway.caller import Endpoint, endpoint_of
 from broker.gateway.context import Context
 from broker.gateway.egress import Flow
-from broker.gateway.exchange import Exchange
 from broker.gateway.framing import Body, request_body
 from broker.gateway.heads import END, RequestHead, parse_request
 from broker.gateway.tunnel import Tunnel
 from broker.gateway.ways import Face, Way
+from broker.gateway.websocket import WebSocketCall
 
 HEAD_TIMEOUT_S = 30.0
 DISCARD_S = 5.0
@@ -41,8 +43,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._buffer = b""
         self._body: Body | None = None
-        self._exchange: Exchange | None = None
-        self._tunnel: Tunnel | None = None
+        self._call: Call | None = None
+        self._tunnel: Tunnel | WebSocketCall | None = None
         self._flow: Flow | None = None
         self._discarding = False
         self._head_only = False
@@ -104,7 +106,7 @@ class Connection(asyncio.Protocol):
     @property
     def busy(self) -> bool:
         """A request is under way."""
-        return self._exchange is not None or self._tunnel is not None or self._body is not None
+        return self._call is not None or self._tunnel is not None or self._body is not None
 
     def _advance(self) -> None:
         """Takes up what requests are there whole, while none is under way and the answers are being read."""
@@ -146,13 +148,16 @@ class Connection(asyncio.Protocol):
             return
         if way.flow is not None:
             way.flow.cut = self.abort
-        if way.tunnel_to is not None and way.flow is not None:
+        if way.upgrade:
+            self._tunnel = WebSocketCall(self, head, way, context)
+            self._tunnel.start()
+        elif way.tunnel_to is not None and way.flow is not None:
             self._tunnel = Tunnel(self, way.tunnel_to, way.flow, context.dialer, context.stats, context.tasks)
             self._tunnel.start()
         else:
             self._flow = way.flow
-            self._exchange = _exchange(self, head, way, context)
-            self._exchange.start()
+            self._call = _call(self, head, way, context)
+            self._call.start()
 
     def _take_body(self, body: Body, data: bytes) -> bytes:
         """Passes on what belongs to the request's body; gives back what lies behind it."""
@@ -161,23 +166,23 @@ class Connection(asyncio.Protocol):
         except CortexError as error:
             self._body = None
             self.closing_soon = True
-            if self._exchange is not None:
-                self._exchange.spoil(error)
+            if self._call is not None:
+                self._call.spoil(error)
             self._linger()
             return b""
         if body.done:
             self._body = None
         if self._flow is not None:
             self._flow.moved(sum(map(len, pieces)), 0)
-        if self._exchange is not None:
-            self._exchange.body(pieces, body.done)
+        if self._call is not None:
+            self._call.body(pieces, body.done)
         elif body.done and self._discarding:
             self._discarding = False
             if self.closing_soon:
                 self.close()
         return data[used:]
 
-    # -- what exchanges and tunnels ask for
+    # -- what calls and tunnels ask for
 
     def send(self, parts: list[bytes]) -> None:
         if self._transport is not None and parts:
@@ -204,21 +209,21 @@ class Connection(asyncio.Protocol):
     def fail(self, error: CortexError) -> None:
         # Behind a CONNECT may come bytes that are no HTTP.
         fatal = self._tunnel is not None
-        self._exchange = self._tunnel = None
+        self._call = self._tunnel = None
         self._end_flow(error)
         self._context.note("answered_error", slot=self.face.slot, code=error.code.slug, cause=str(error.cause or ""))
         self.refuse(error, fatal=fatal)
         self._resume()
 
     def finish(self, keep_alive: bool) -> None:
-        self._exchange = None
+        self._call = None
         self._end_flow()
         self.closing_soon |= not keep_alive
         self._settle()
         self._resume()
 
     def cut(self) -> None:
-        self._exchange = None
+        self._call = None
         self._end_flow()
         self.abort()
 
@@ -281,10 +286,10 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def _drop_work(self) -> None:
-        exchange, self._exchange = self._exchange, None
+        call, self._call = self._call, None
         tunnel, self._tunnel = self._tunnel, None
-        if exchange is not None:
-            exchange.abort()
+        if call is not None:
+            call.abort()
         if tunnel is not None:
             tunnel.abort()
         self._end_flow()
@@ -295,8 +300,8 @@ class Connection(asyncio.Protocol):
             flow.close(error)
 
     def _hold_far_side(self, held: bool) -> None:
-        if self._exchange is not None:
-            self._exchange.hold_response(held)
+        if self._call is not None:
+            self._call.hold_response(held)
         if self._tunnel is not None:
             self._tunnel.hold(held)
 
@@ -314,17 +319,20 @@ class Connection(asyncio.Protocol):
         elif self._buffer and not self.busy and now - self._since > HEAD_TIMEOUT_S:
             self.refuse(_head_too_slow(), fatal=True)
         elif now - self._moved > self._context.settings.idle_timeout_s:
-            if self._exchange is not None:
-                self._exchange.time_out()
+            if self._call is not None:
+                self._call.time_out()
             elif self.busy:
                 self.abort()
             else:
                 self.close()
 
 
-def _exchange(connection: Connection, head: RequestHead, way: Way, context: Context) -> Exchange:
+def _call(connection: Connection, head: RequestHead, way: Way, context: Context) -> Call:
     assert way.route is not None
-    return Exchange(connection, head, way.route, way.target, context.pool, context.stats, context.tasks, context.note)
+    endpoint = endpoint_of(head.method, way.target) if way.caller is not None else Endpoint.OTHER
+    return Call(
+        connection, head, way.route, way.target, context, caller=way.caller, endpoint=endpoint, routes=way.routes
+    )
 
 
 def _head_too_large(limit: int) -> CortexError:

@@ -20,6 +20,8 @@ class Stats:
     upstream_failed: int = 0
     upstream_cut: int = 0
     client_gone: int = 0
+    retries: int = 0
+    fallbacks: int = 0
     tunnels: int = 0
     tunnels_denied: int = 0
     plain_denied: int = 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 
 from broker.errors import Code, CortexError
 from broker.gateway import answers
+from broker.gateway.caller import Caller
 from broker.gateway.context import Context
 from broker.gateway.egress import WayOut
 from broker.gateway.heads import RequestHead
@@ -75,6 +76,7 @@ class SlotState:
         self.slot = entry.slot
         self.entry: SlotEntry | None = None
         self.routes: dict[bytes, Route] = {}
+        self.caller = Caller(entry.slot, "")
         self.connections: set[Held] = set()
         self._context = context
         self._listeners: list[Listener] = []
@@ -87,8 +89,9 @@ class SlotState:
         routes = compile_routes(entry.providers)
         old = self.entry
         self.entry, self.routes = entry, routes
+        self.caller = Caller.of(entry.slot, entry.identity or {})
         # An unclaimed slot may be claimed, or a claim's settings change, with connections open; all else is a cut.
-        taken = old is not None and old.identity is not None and old.identity != entry.identity
+        taken = old is not None and old.identity is not None and _whose(old.identity) != _whose(entry.identity)
         if old is not None and (taken or old.incarnation != entry.incarnation):
             self._fence()
         self.out.set(entry.egress, entry.identity)
@@ -164,7 +167,7 @@ class SlotFace:
         if entry is None or entry.identity is None or entry.incarnation != self._incarnation:
             raise answers.unclaimed()
         if self._kind == "gateway":
-            return gateway_way(head, self._state.routes)
+            return gateway_way(head, self._state.routes, self._state.caller, self._context.speaks_websocket)
         return egress_way(head, self._state.out)
 
     def opened(self, connection: Held) -> None:
@@ -260,6 +263,11 @@ class Table:
 
     def _connections(self) -> list[Held]:
         return [each for state in [*self._slots.values(), *self._fading] for each in state.connections]
+
+
+def _whose(identity: Mapping[str, str] | None) -> tuple[str | None, ...] | None:
+    """The session; what else is said of it, such as a team, may change while its calls run."""
+    return None if identity is None else tuple(identity.get(key) for key in ("user", "workspace", "session"))
 
 
 def _close_all(listeners: tuple[socket.socket, socket.socket] | None) -> None:

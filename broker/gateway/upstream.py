@@ -1,4 +1,4 @@
-"""Connections to providers: one exchange at a time each, kept alive and pooled, reads held back on demand."""
+"""Connections to providers: one call at a time each, kept alive and pooled, reads held back on demand."""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from broker.errors import Code, CortexError
 from broker.gateway import answers
 from broker.gateway.addresses import parse_authority
+from broker.gateway.caller import Caller
 from broker.gateway.egress import Flow, WayOut
 from broker.gateway.heads import RequestHead, bad
 from broker.gateway.routes import Origin, Route, find_route, proxy_route
@@ -18,11 +20,15 @@ FaceKind = Literal["gateway", "egress"]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Either ``route`` and ``target``, or ``tunnel_to``. ``flow``: of the way out, to be closed."""
+    """Either ``route`` and ``target``, or ``tunnel_to``. ``caller``: who calls a provider; ``routes``: all of the
+    slot; ``upgrade``: the call becomes a WebSocket; ``flow``: of the way out, to be closed."""
 
     route: Route | None = None
     target: bytes = b""
     tunnel_to: Origin | None = None
+    caller: Caller | None = None
+    routes: Mapping[bytes, Route] = field(default_factory=dict)
+    upgrade: bool = False
     flow: Flow | None = None
 
 
@@ -47,16 +53,19 @@ class Held(Protocol):
     def check(self, now: float) -> None: ...
 
 
-def gateway_way(head: RequestHead, routes: dict[bytes, Route]) -> Way:
-    """The way of a request on the gateway socket."""
+def gateway_way(
+    head: RequestHead, routes: Mapping[bytes, Route], caller: Caller, websocket: Callable[[Route], bool]
+) -> Way:
+    """The way of a request on the gateway socket; ``websocket``: whether a provider speaks it."""
     if head.method == b"CONNECT":
         raise CortexError(
             Code.BAD_METHOD, "This socket serves model providers", hint="use the proxy in HTTPS_PROXY for CONNECT"
         )
     route, target = find_route(routes, head.target)
-    if head.websocket and head.method == b"GET":
+    upgrade = head.websocket and head.method == b"GET"
+    if upgrade and not websocket(route):
         raise answers.no_websocket()
-    return Way(route, target)
+    return Way(route, target, caller=caller, routes=routes, upgrade=upgrade)
 
 
 def egress_way(head: RequestHead, out: WayOut) -> Way:
@@ -76,7 +85,7 @@ def egress_way(head: RequestHead, out: WayOut) -> Way:
         raise bad("the request target is not an http:// address")
     route, target = found
     # Plain HTTP only where the port is listed: what a name alone allows is TLS.
-    flow = out.open(route.origin.host, route.origin.port, tool_of(head.headers), tunnel=False)
+    flow = out.open(route.spot.origin.host, route.spot.origin.port, tool_of(head.headers), tunnel=False)
     if head.websocket:
         flow.close()
         raise answers.no_websocket()

@@ -51,16 +51,43 @@ class Credentials(Protocol):
         """What is wrong with the user's credentials, for people."""
 
 
-class FileCredentials:
-    """One credential a provider, from a file of the operator's, read again when it changed."""
+class SecretFiles:
+    """Secrets in files of the operator's, read again when one changed."""
 
     def __init__(self) -> None:
         self._read: dict[str, tuple[tuple[int, int], str]] = {}
 
+    def load(self, whose: str, path: Path) -> str:
+        """The text of ``path``, for ``whose`` calls. Raises ``BAD_CONFIG``."""
+        try:
+            info = path.stat()
+            stamp = (info.st_mtime_ns, info.st_ino)
+            known = self._read.get(str(path))
+            if known is not None and known[0] == stamp:
+                return known[1]
+            value = path.read_text()[:MAX_CREDENTIAL].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CortexError(
+                Code.BAD_CONFIG,
+                f"the credential of {whose} cannot be read",
+                cause=error if isinstance(error, OSError) else "it is not text",
+                hint=f"put it into {path}, readable by the broker only",
+            ) from error
+        self._read[str(path)] = (stamp, value)
+        return value
+
+
+class FileCredentials:
+    """One credential a provider, from a file of the operator's, read again when it changed."""
+
+    def __init__(self) -> None:
+        self._secrets = SecretFiles()
+
     async def get(self, user: str, name: str, provider: ProviderConfig) -> Credential:
         if not provider.credential_file:
             return Credential()
-        return Credential(await asyncio.to_thread(self._load, name, Path(provider.credential_file)))
+        path = Path(provider.credential_file)
+        return Credential(await asyncio.to_thread(self._secrets.load, f"provider {name}", path))
 
     async def files(self, user: str, agent_name: str, agent: AgentConfig) -> list[dict[str, Any]]:
         return []
@@ -73,24 +100,6 @@ class FileCredentials:
     async def warnings(self, user: str) -> Sequence[str]:
         return ()
 
-    def _load(self, name: str, path: Path) -> str:
-        try:
-            info = path.stat()
-            stamp = (info.st_mtime_ns, info.st_ino)
-            known = self._read.get(str(path))
-            if known is not None and known[0] == stamp:
-                return known[1]
-            value = path.read_text()[:MAX_CREDENTIAL].strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CortexError(
-                Code.BAD_CONFIG,
-                f"the credential of provider {name} cannot be read",
-                cause=error if isinstance(error, OSError) else "it is not text",
-                hint=f"put the key into gateway.providers.{name}.credential_file, readable by the broker only",
-            ) from error
-        self._read[str(path)] = (stamp, value)
-        return value
-
 
 async def providers_for(
     config: Config, credentials: Credentials, user: str, choices: Mapping[str, ProviderChoice]
@@ -101,15 +110,17 @@ async def providers_for(
         choice = choices.get(name)
         source = choice.use if choice and choice.use in config.gateway.providers else name
         entry = config.gateway.providers[source]
-        ca = await asyncio.to_thread(_read_ca, source, Path(entry.ca_file)) if entry.ca_file else ""
+        ca = await asyncio.to_thread(read_ca, source, Path(entry.ca_file)) if entry.ca_file else ""
         found = await credentials.get(user, source, entry)
         table[name] = Provider(
-            entry.kind, entry.servers[0], found.value, ca, scheme=found.scheme, headers=dict(found.headers)
-        )
+            entry.kind, entry.servers[0], found.value, ca, scheme=found.scheme, headers=dict(found.headers),
+            policy=source,
+        )  # fmt: skip
     return table
 
 
-def _read_ca(name: str, path: Path) -> str:
+def read_ca(name: str, path: Path) -> str:
+    """The PEM bundle of a provider. Raises ``BAD_CONFIG``."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -85,7 +85,7 @@ class Room:
 
     def piled_up(self) -> int:
         """Bytes in the gateway that either side has not taken yet."""
-        ends = [end._transport for door in self.doors for end in (door, door._tunnel) if end is not None]
+        ends = [end._transport for door in self.doors for end in (door, cast(Upgrade | None, door._tunnel)) if end]
         return sum(end.get_write_buffer_size() for end in ends if end is not None)
 
     @asynccontextmanager
@@ -106,7 +106,7 @@ class Room:
 async def room(tmp_path: Path) -> AsyncIterator[Room]:
     made = Room(tmp_path / "door")
     yield made
-    made.context.close()
+    await made.context.close()
     await made.tasks.close()
 
 

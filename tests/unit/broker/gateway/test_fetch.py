@@ -52,7 +52,7 @@ class Server:
         )
 
     async def stop(self) -> None:
-        self.context.close()
+        await self.context.close()
         await self.context.tasks.close()
         for writer in self._writers:
             writer.close()

@@ -92,7 +92,7 @@ async def test_garbage_ends_that_connection_and_the_next_is_served(link: Gateway
     good = Peer(link.path)
     told = await good.greet()
     await link.wait_connected(5)
-    assert [message["type"] for message in told] == ["settings", "ping"]
+    assert [message["type"] for message in told] == ["settings", "policies", "ping"]
     good.close()
 
 
@@ -119,7 +119,7 @@ async def test_no_gateway_is_an_error_in_time(link: GatewayLink, monkeypatch: py
         assert caught.value.code is Code.GATEWAY_DOWN
     # The drop stands, and is what the next gateway hears.
     peer = Peer(link.path)
-    assert [message["type"] for message in await peer.greet()] == ["settings", "drop", "ping"]
+    assert [message["type"] for message in await peer.greet()] == ["settings", "policies", "drop", "ping"]
     await link.wait_connected(5)
     assert link.health()["slots"] == 0
     peer.close()
@@ -176,7 +176,7 @@ async def test_a_slot_that_just_does_not_fit_is_refused_and_hides_no_other(link:
             await link.put_slot("big", 1, None, {}, egress(MAX_PACKET - bare - spare), fds)
         assert caught.value.code is Code.BAD_CONFIG
     peer = Peer(link.path)
-    assert [message["type"] for message in await peer.greet()] == ["settings", "ping"]
+    assert [message["type"] for message in await peer.greet()] == ["settings", "policies", "ping"]
     await link.wait_connected(5)
     peer.close()
     for sock in pair:

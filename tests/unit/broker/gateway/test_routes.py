@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import Code, CortexError
-from broker.gateway.heads import parse_request, parse_response
-from broker.gateway.messages import Kind, Provider
+from broker.gateway.heads import RequestHead, parse_request, parse_response
+from broker.gateway.messages import Provider
+from broker.gateway.policy import Kind
 from broker.gateway.routes import (
     Route,
     compile_routes,
     find_route,
+    passed,
     proxy_route,
     request_head,
     response_head,
@@ -28,10 +30,15 @@ def routes(kind: Kind = "anthropic", url: str = "https://api.example/base", key:
     return compile_routes({"p": Provider(kind, url, key)})
 
 
+def asked(route: Route, head: RequestHead, there: bytes) -> bytes:
+    """What the provider gets."""
+    return request_head(route.spot, head.method, there, route.credential, passed(route, head))
+
+
 def through(lines: bytes, kind: Kind = "anthropic", target: bytes = b"/p/v1/x", key: str = KEY) -> list[bytes]:
     head = parse_request(b"POST " + target + b" HTTP/1.1\r\nHost: sandbox\r\n" + lines + b"\r\n")
     route, there = find_route(routes(kind, key=key), head.target)
-    return request_head(route, head, there).split(b"\r\n")
+    return asked(route, head, there).split(b"\r\n")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +73,7 @@ def test_without_a_credential_none_goes_in() -> None:
 def sent(provider: Provider, lines: bytes, target: bytes = b"/p/v1/x") -> list[bytes]:
     head = parse_request(b"POST " + target + b" HTTP/1.1\r\nHost: sandbox\r\n" + lines + b"\r\n")
     route, there = find_route(compile_routes({"p": provider}), head.target)
-    return [line for line in request_head(route, head, there).split(b"\r\n") if line]
+    return [line for line in asked(route, head, there).split(b"\r\n") if line]
 
 
 OWN = (
@@ -94,7 +101,7 @@ def test_only_that_provider_lets_them_pass() -> None:
     )
     head = parse_request(b"POST /other/x?key=own HTTP/1.1\r\nHost: s\r\n" + OWN + b"\r\n")
     route, there = find_route(table, head.target)
-    assert request_head(route, head, there) == b"POST /x HTTP/1.1\r\nhost: h\r\n\r\n"
+    assert asked(route, head, there) == b"POST /x HTTP/1.1\r\nhost: h\r\n\r\n"
 
 
 def test_extra_headers_go_in_and_lists_are_joined() -> None:
@@ -161,7 +168,8 @@ def test_connection_cannot_take_the_credential_or_the_framing_away() -> None:
     ],
 )  # fmt: skip
 def test_paths(target: bytes, there: bytes) -> None:
-    assert find_route(routes(), target)[1] == there
+    route, behind = find_route(routes(), target)
+    assert route.spot.base_path + behind == there
 
 
 @pytest.mark.parametrize(
@@ -214,7 +222,7 @@ def test_a_route_does_not_print_its_credential() -> None:
     [("https://h", b"h"), ("https://h:443", b"h"), ("http://h:443", b"h:443"), ("http://[::1]:80/x", b"[::1]")],
 )
 def test_host_header(url: str, host: bytes) -> None:
-    assert routes(url=url, key="")[b"p"].fixed == b"host: " + host + b"\r\n"
+    assert routes(url=url, key="")[b"p"].spot.host_line == b"host: " + host + b"\r\n"
 
 
 def test_a_response_loses_what_is_not_the_sandboxs() -> None:
@@ -242,8 +250,8 @@ def test_a_response_loses_what_is_not_the_sandboxs() -> None:
 def test_plain_proxy_targets(target: bytes, authority: str, path: bytes) -> None:
     found = proxy_route(target, private=False)
     assert found is not None
-    assert (found[0].origin.authority, found[1]) == (authority, path)
-    assert not found[0].origin.pooled
+    assert (found[0].spot.origin.authority, found[1]) == (authority, path)
+    assert not found[0].spot.origin.pooled
 
 
 @pytest.mark.parametrize("target", [b"https://h/x", b"ftp://h", b"http://u:p@h/", b"http:///x", b"/x", b"http://h:x/"])

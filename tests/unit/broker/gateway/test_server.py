@@ -86,7 +86,7 @@ async def connect() -> AsyncIterator[Callable[[], Pair]]:
     for pair in pairs:
         pair.connection.abort()
         pair.far.close()
-    context.close()
+    await context.close()
     await tasks.close()
 
 

@@ -40,5 +40,5 @@ async def test_a_slot_that_asks_for_ever_new_hosts_is_told_of_so_many_only() -> 
     assert facts["hosts"][0]["tool"] == "pip"
     state.out.flush()
     assert len(told) == 1, "told once"
-    context.close()
+    await context.close()
     await tasks.close()

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from broker.errors import Code, CortexError
+from broker.gateway.call import Call
 from broker.gateway.context import Context
-from broker.gateway.exchange import Exchange
 from broker.gateway.framing import Body
 from broker.gateway.heads import ResponseHead, parse_request
 from broker.gateway.messages import Provider
@@ -54,10 +54,10 @@ class World:
             writer.close()
 
     async def dialled(self) -> Upstream:
-        return await self.context.pool.dial(self.route.origin)
+        return await self.context.pool.dial(self.route.spot.origin)
 
     def pooled(self) -> Upstream | None:
-        return self.context.pool.take(self.route.origin)
+        return self.context.pool.take(self.route.spot.origin)
 
 
 class Ended:
@@ -88,7 +88,7 @@ async def world() -> AsyncIterator[World]:
     made = World()
     server = await made.start()
     yield made
-    made.context.close()
+    await made.context.close()
     await made.tasks.close()
     for writer in made.writers:
         writer.close()
@@ -96,7 +96,7 @@ async def world() -> AsyncIterator[World]:
     await server.wait_closed()
 
 
-async def call(upstream: Upstream, *, whole: bool = True) -> bytes:
+async def asked(upstream: Upstream, *, whole: bool = True) -> bytes:
     sink = Ended()
     upstream.begin(sink, b"GET")
     upstream.write([b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"])
@@ -107,24 +107,24 @@ async def call(upstream: Upstream, *, whole: bool = True) -> bytes:
 
 async def test_a_clean_connection_is_used_again(world: World) -> None:
     upstream = await world.dialled()
-    assert await call(upstream) == b"ok"
+    assert await asked(upstream) == b"ok"
     assert world.pooled() is upstream
 
 
 @pytest.mark.parametrize("more", [b"x", OK, b"HTTP/1.1 100 Continue\r\n\r\n"])
 async def test_one_that_said_more_than_its_answer_is_not(world: World, more: bytes) -> None:
     world.script = lambda number: [OK + more]
-    assert await call(await world.dialled()) == b"ok"
+    assert await asked(await world.dialled()) == b"ok"
     assert world.pooled() is None
 
 
 async def test_one_whose_request_was_answered_early_is_not(world: World) -> None:
-    assert await call(await world.dialled(), whole=False) == b"ok"
+    assert await asked(await world.dialled(), whole=False) == b"ok"
     assert world.pooled() is None
 
 
 async def test_one_that_speaks_while_it_is_idle_is_not(world: World) -> None:
-    await call(await world.dialled())
+    await asked(await world.dialled())
     world.writers[0].write(OK)
     async with asyncio.timeout(5):
         while world.context.stats.idle_upstreams:
@@ -133,7 +133,7 @@ async def test_one_that_speaks_while_it_is_idle_is_not(world: World) -> None:
 
 
 class Down:
-    """A sandbox's connection that notes how its exchange ended."""
+    """A sandbox's connection that notes how its call ended."""
 
     def __init__(self) -> None:
         self.congested = self.closing_soon = False
@@ -157,20 +157,19 @@ class Down:
         self.over.set_result(None)
 
 
-async def exchanged(world: World, method: bytes) -> CortexError | None:
+async def called(world: World, method: bytes) -> CortexError | None:
     down = Down()
     head = parse_request(b"%s /p/x HTTP/1.1\r\nHost: x\r\n\r\n" % method)
-    context = world.context
-    Exchange(down, head, world.route, b"/x", context.pool, context.stats, context.tasks, context.note).start()
+    Call(down, head, world.route, b"/x", world.context).start()
     return await asyncio.wait_for(down.over, 5)
 
 
 @pytest.mark.parametrize(("method", "repeated"), [(b"GET", True), (b"POST", False), (b"DELETE", False)])
 async def test_only_what_does_no_harm_is_asked_again(world: World, method: bytes, repeated: bool) -> None:
     """The provider closes an idle connection just as it is used: it may have acted on the request."""
-    await call(await world.dialled())
+    await asked(await world.dialled())
     world.script = lambda number: None if number == 2 else [OK]
-    error = await exchanged(world, method)
+    error = await called(world, method)
     if repeated:
         assert error is None
         assert world.requests[1:] == [method, method]
@@ -181,9 +180,9 @@ async def test_only_what_does_no_harm_is_asked_again(world: World, method: bytes
 
 
 async def test_it_is_asked_again_once(world: World) -> None:
-    await call(await world.dialled())
+    await asked(await world.dialled())
     world.script = lambda number: None
-    error = await exchanged(world, b"GET")
+    error = await called(world, b"GET")
     assert error is not None
     assert error.code is Code.UPSTREAM_FAILED
     assert len(world.requests) == 3

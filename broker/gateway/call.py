@@ -1,0 +1,544 @@
+"""One request of a sandbox and its answer, from whichever server, key, cache or other call it comes. START HERE.
+
+gathered (where the whole body decides) → admitted (limits, fairness) → sent (least busy server, kept connection) →
+answered, byte by byte, each side held while the other is slow → settled (tokens, breaker, usage). Until the first
+byte of an answer has gone to the sandbox a call may be made again elsewhere; never after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Literal
+
+from broker.errors import Code, CortexError
+from broker.gateway import faults
+from broker.gateway.accounting import record
+from broker.gateway.admission import Ticket, Waiting
+from broker.gateway.answers import CONTINUE
+from broker.gateway.cache import Recorded
+from broker.gateway.caller import Caller, Endpoint
+from broker.gateway.context import Context
+from broker.gateway.direct import ask
+from broker.gateway.downstream import Downstream, Nobody
+from broker.gateway.fetch import Fetched
+from broker.gateway.framing import LAST_CHUNK, Body, chunk
+from broker.gateway.heads import RequestHead, ResponseHead
+from broker.gateway.lookup import Lookup
+from broker.gateway.meter import Meter
+from broker.gateway.records import Cached, Outcome
+from broker.gateway.routes import Route, passed, request_head, response_head
+from broker.gateway.upstream import Upstream
+
+MAX_EARLY = 256 * 2**10
+"""Body bytes kept before there is a connection; then the sandbox is held."""
+MAX_REPLAY = 2**20
+"""Body bytes kept so that a call can be made again, or looked up; a larger body is sent once."""
+BYTES_PER_TOKEN = 4
+UNKNOWN_TOKENS = 1000
+"""Reserved for a body whose length is not said."""
+_ELSEWHERE = frozenset((429, 500, 502, 503, 504, 529))
+"""Answers after which another server, key or provider is asked, where there is one."""
+_OVERLOAD = frozenset((503, 529))
+_METERED = frozenset(("", "batched"))
+"""Answers whose tokens are this call's; others cost nothing."""
+_REPEATABLE = frozenset((b"GET", b"HEAD", b"OPTIONS"))
+
+
+class Call:
+    """``start`` once, then ``body`` as it comes; ends by exactly one of the downstream's ``fail``, ``cut``
+    and ``finish``, or by ``abort`` when the sandbox's side is gone. ``caller`` None: a host on the way out, which
+    is neither limited nor accounted."""
+
+    __slots__ = (
+        "_attempts", "_began", "_body", "_body_size", "_caller", "_chunked", "_context", "_down", "_ended",
+        "_endpoint", "_first", "_gathering", "_head", "_head_s", "_index", "_lines", "_lookup", "_meter",
+        "_plan", "_queue_s", "_request_done", "_responding", "_route", "_routes", "_sent_at", "_served_by",
+        "_stale_retried", "_status", "_target", "_task", "_ticket", "_tried", "_tried_keys", "_turn",
+        "_upstream", "_waiting",
+    )  # fmt: skip
+
+    def __init__(
+        self, down: Downstream, head: RequestHead, route: Route, target: bytes, context: Context, *,
+        caller: Caller | None = None, endpoint: Endpoint = Endpoint.OTHER,
+        routes: Mapping[bytes, Route] | None = None,
+    ) -> None:  # fmt: skip
+        self._down = down
+        self._head = head
+        self._route = route
+        self._routes = routes or {}
+        self._target = target
+        self._context = context
+        self._caller = caller
+        self._endpoint = endpoint
+        self._plan = context.plans.of(route)
+        self._meter = Meter(route.kind, endpoint, target) if caller is not None else None
+        self._lines = passed(route, head, plain=endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
+        self._began = self._sent_at = asyncio.get_running_loop().time()
+        self._queue_s = 0.0
+        self._first: float | None = None
+        self._status = 0
+        self._attempts = 0
+        self._tried: set[int] = set()
+        self._tried_keys: frozenset[int] = frozenset()
+        self._index = self._served_by = -1
+        self._turn = 0
+        self._head_s: float | None = None
+        self._ticket: Ticket | None = None
+        self._waiting: Waiting | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._upstream: Upstream | None = None
+        self._body: list[bytes] | None = []
+        self._body_size = 0
+        self._request_done = not head.has_body
+        self._gathering = False
+        self._responding = False
+        self._chunked = False
+        self._stale_retried = False
+        self._ended = False
+        self._lookup: Lookup | None = None
+
+    # -- the sandbox's side
+
+    def start(self) -> None:
+        """Looks for an answer, or for a server."""
+        if self._caller is not None and self._plan.gathers(self._endpoint, self._head.method, self._context.responses):
+            self._gathering = True
+            if self._request_done:
+                self._gathered()
+        else:
+            self._enter()
+
+    def body(self, pieces: list[bytes], done: bool) -> None:
+        """Body of the request; ``done``: this was the last of it."""
+        self._request_done = done
+        if self._ended:
+            return
+        if self._meter is not None:
+            self._meter.request(pieces)
+        if self._body is not None:
+            self._body += pieces
+            self._body_size += sum(map(len, pieces))
+        upstream = self._upstream
+        if upstream is not None:
+            upstream.write(self._framed(pieces, done))
+            upstream.request_done = done
+            if self._body_size > MAX_REPLAY:
+                self._body = None
+        elif self._gathering:
+            if self._body_size > MAX_REPLAY:
+                self._gathering = False
+                self._enter()
+            elif done:
+                self._gathered()
+        elif self._body_size > MAX_EARLY:
+            self._down.hold(True)
+
+    def hold_response(self, held: bool) -> None:
+        """The sandbox is slow, or no longer."""
+        if self._upstream is not None:
+            self._upstream.hold(held)
+
+    def abort(self) -> None:
+        """The sandbox is gone. Where nobody else waits for the answer, the provider need not go on."""
+        if self._ended:
+            return
+        if self._lookup is not None and self._lookup.followers and self._request_done:
+            self._down = Nobody()
+            self.hold_response(False)
+            return
+        self._ended = True
+        self._context.stats.client_gone += 1
+        self._settle("gone")
+
+    def time_out(self) -> None:
+        """Nothing has moved for too long."""
+        self._break(faults.silent(self._route.name))
+
+    def spoil(self, error: CortexError) -> None:
+        """The request's body is malformed."""
+        self._break(error)
+
+    # -- an answer that is there already, or about to be
+
+    def _gathered(self) -> None:
+        """All of the request is there."""
+        self._gathering = False
+        self._lookup = Lookup(self._context, self._plan, self._scope(), self._endpoint)
+        body = b"".join(self._body or ())
+        self._lookup.find(self._head, self._target, body, self, self._enter, self._ask)
+
+    async def _ask(self, body: bytes) -> Fetched:
+        """This call with another body, for many."""
+        assert self._caller is not None
+        framing = b"content-length:"
+        lines = b"".join(
+            line for line in self._lines.splitlines(keepends=True)
+            if not line.startswith((framing, b"transfer-encoding:"))
+        )  # fmt: skip
+        return await ask(
+            self._plan, self._route, self._caller, self._own(), self._context.pool, self._head.method, self._target,
+            lines, body, timeout_s=self._context.settings.idle_timeout_s,
+        )  # fmt: skip
+
+    def _scope(self) -> str:
+        """Whose credential pays: answers are shared by those who share it."""
+        if self._caller is not None and (self._route.own_keys or not (self._route.own or self._plan.keys)):
+            return f"user:{self._caller.user}"
+        return self._route.own or "operator"
+
+    def shared_head(self, recorded: Recorded) -> None:
+        """The head of an answer that is not got for this call alone."""
+        self._responding = True
+        self._status = recorded.status
+        self._chunked = recorded.length is None
+        head = ResponseHead(
+            recorded.status, recorded.reason, recorded.headers, recorded.length, False, True, None, frozenset()
+        )
+        if self._meter is not None and self._cached() in _METERED:
+            self._meter.head(head.status, head.headers)
+        self._down.touch()
+        self._down.send([response_head(head, chunked=self._chunked, close=self._down.closing_soon)])
+
+    def shared_body(self, pieces: list[bytes]) -> None:
+        """More of it."""
+        self._body_arrived(pieces)
+
+    def shared_end(self) -> None:
+        """All of it was there."""
+        self._complete()
+
+    def shared_lost(self, why: str) -> None:
+        """The other call failed; this one is made for itself where nothing was sent yet."""
+        if self._ended:
+            return
+        if self._responding:
+            self._break(faults.broken(self._route.name, why))
+        else:
+            self._enter()
+
+    def _cached(self) -> Cached:
+        return self._lookup.cached if self._lookup is not None else ""
+
+    # -- admission
+
+    def _enter(self) -> None:
+        length = self._head.length
+        tokens = UNKNOWN_TOKENS if length is None and self._head.chunked else (length or 0) // BYTES_PER_TOKEN
+        if self._caller is None:
+            self._send()
+            return
+        try:
+            found = self._plan.admission.enter(
+                self._caller, self._own(), tokens, self._granted, self._break, self._tried_keys
+            )
+        except CortexError as error:
+            self._break(error)
+            return
+        if isinstance(found, Ticket):
+            self._granted(found)
+        else:
+            self._waiting = found
+            if self._body_size > MAX_EARLY:
+                self._down.hold(True)
+
+    def _own(self) -> str:
+        """The slot's own credential as limits name it."""
+        if self._route.own_keys and self._caller is not None:
+            return f"user:{self._caller.user}"
+        return self._route.own
+
+    def _granted(self, ticket: Ticket) -> None:
+        self._waiting = None
+        self._ticket = ticket
+        self._queue_s = asyncio.get_running_loop().time() - self._began
+        self._send()
+
+    # -- sending
+
+    def _send(self) -> None:
+        """Asks the server that is least busy, by a kept connection at once, or by a new one."""
+        now = asyncio.get_running_loop().time()
+        index = self._plan.balance.pick(now, self._tried)
+        if index is None:
+            if not self._fall_back():
+                self._break(faults.no_server(self._route.name, self._plan.balance.retry_at(now), now))
+            return
+        self._turn = self._plan.balance.begun(index, now)
+        self._index = self._served_by = index
+        self._sent_at = now
+        self._attempts += 1
+        origin = self._plan.spots[index].origin
+        upstream = self._context.pool.take(origin)
+        if upstream is not None:
+            self._attach(upstream)
+        else:
+            self._task = self._context.tasks.start(self._dial(index), "dial")
+
+    async def _dial(self, index: int) -> None:
+        try:
+            upstream = await self._context.pool.dial(self._plan.spots[index].origin)
+        except CortexError as error:
+            self._task = None
+            self._context.stats.upstream_failed += 1
+            self._context.note(
+                "upstream_failed", provider=self._route.name, error=str(error), cause=str(error.__cause__ or "")
+            )
+            self._server_ended("neutral" if error.code is Code.UPSTREAM_BUSY else "failed", index)
+            if not self._ended and not self._again():
+                self._break(self._anonymous(error))
+            return
+        self._task = None
+        if self._ended:
+            upstream.abort()
+        else:
+            self._attach(upstream)
+
+    def _anonymous(self, error: CortexError) -> CortexError:
+        """Where a provider lives is no business of the sandbox; a host that it named itself it knows."""
+        if self._caller is None:
+            return error
+        return CortexError(error.code, f"{self._route.name} cannot be reached", cause=error.cause, hint=error.hint)
+
+    def _credential_line(self, key: int) -> bytes:
+        if self._route.credential or key < 0:
+            return self._route.credential
+        return self._plan.keys[key]
+
+    def _attach(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        upstream.begin(self, self._head.method)
+        credential = self._credential_line(self._ticket.key if self._ticket is not None else -1)
+        spot = self._plan.spots[self._index]
+        body = self._body or []
+        upstream.write([
+            request_head(spot, self._head.method, self._target, credential, self._lines),
+            *self._framed(body, self._request_done),
+        ])  # fmt: skip
+        upstream.request_done = self._request_done
+        if self._body_size > MAX_REPLAY:
+            self._body = None
+        if self._down.congested:
+            upstream.hold(True)
+        self._down.hold(False)
+        if self._head.expect_continue and not body and not self._request_done:
+            self._down.send([CONTINUE])
+
+    def _framed(self, pieces: list[bytes], done: bool) -> list[bytes]:
+        if not self._head.chunked:
+            return pieces
+        parts = chunk(pieces)
+        return [*parts, LAST_CHUNK] if done else parts
+
+    # -- again, elsewhere
+
+    def _again(self) -> bool:
+        """Makes the call once more, where another server, key or provider may answer it."""
+        policy = self._plan.policy
+        now = asyncio.get_running_loop().time()
+        if self._body is None or self._attempts > policy.retries or now - self._began > policy.retry_within_s:
+            return False
+        if self._plan.balance.pick(now, self._tried) is None:
+            return self._fall_back()
+        self._context.stats.retries += 1
+        self._send()
+        return True
+
+    def _again_with_another_key(self) -> bool:
+        """After a 429: the key rests, another one may not."""
+        ticket = self._ticket
+        plan = self._plan
+        if ticket is None or ticket.key < 0 or self._body is None or self._attempts > plan.policy.retries:
+            return False
+        self._tried_keys |= {ticket.key}
+        if len(self._tried_keys) >= len(plan.keys):
+            return self._fall_back()
+        self._release(None)
+        self._context.stats.retries += 1
+        self._enter()
+        return True
+
+    def _fall_back(self) -> bool:
+        """Goes to the next provider that stands in for this one."""
+        if self._body is None or self._caller is None:
+            return False
+        for name in self._plan.policy.fallback:
+            plan = self._context.plans.named(name)
+            route = self._routes.get(name.encode())
+            if plan is None or route is None or plan is self._plan:
+                continue
+            self._release(None)
+            self._plan, self._route = plan, route
+            self._lines = passed(route, self._head, plain=self._endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
+            self._tried, self._tried_keys, self._attempts = set(), frozenset(), 0
+            self._context.stats.fallbacks += 1
+            self._enter()
+            return True
+        return False
+
+    # -- the provider's side
+
+    def upstream_interim(self, head: ResponseHead) -> None:
+        self._down.touch()
+        # 100 was answered here; anything else (102, 103) is the client's to read.
+        if head.status != 100:
+            self._down.send([response_head(head, chunked=False, close=False)])
+
+    def upstream_head(self, head: ResponseHead, body: Body) -> None:
+        self._down.touch()
+        self._status = head.status
+        if head.status in _ELSEWHERE and self._refused(head):
+            return
+        now = asyncio.get_running_loop().time()
+        self._head_s = now - self._sent_at
+        if head.status not in _ELSEWHERE:
+            self._plan.balance.answered(self._index, now, self._turn)
+        self._responding = True
+        self._chunked = not body.done and (head.chunked or body.ends_at_close)
+        if head.status == 204:
+            head.length, head.chunked = None, False
+        if self._meter is not None:
+            self._meter.head(head.status, head.headers)
+        if self._lookup is not None:
+            self._lookup.head(head)
+        chunked = self._chunked or (head.chunked and self._head.method == b"HEAD")
+        self._down.send([response_head(head, chunked=chunked, close=self._down.closing_soon)])
+
+    def _refused(self, head: ResponseHead) -> bool:
+        """Obeys an answer that says "not now"; True when the call is made elsewhere instead."""
+        now = asyncio.get_running_loop().time()
+        status = head.status
+        ticket = self._ticket
+        if ticket is not None and status == 429:
+            ticket.limited(now, faults.retry_after(head.headers))
+        elif ticket is not None and status in _OVERLOAD and len(self._plan.spots) == 1:
+            ticket.limited(now, faults.retry_after(head.headers), overload=True)
+        upstream = self._upstream
+        self._upstream = None
+        self._server_ended("neutral" if status == 429 else "failed", self._index)
+        if self._again_with_another_key() if status == 429 else self._again():
+            if upstream is not None:
+                upstream.abort()
+            return True
+        self._upstream = upstream
+        return False
+
+    def upstream_body(self, pieces: list[bytes]) -> None:
+        if self._lookup is not None:
+            self._lookup.body(pieces)
+        self._body_arrived(pieces)
+
+    def _body_arrived(self, pieces: list[bytes]) -> None:
+        if self._first is None:
+            self._first = asyncio.get_running_loop().time()
+        if self._meter is not None and self._cached() in _METERED:
+            self._meter.body(pieces)
+        self._down.touch()
+        self._down.send(chunk(pieces) if self._chunked else pieces)
+
+    def upstream_end(self) -> None:
+        if self._ended:
+            return
+        self._upstream = None
+        self._server_ended("failed" if self._status in _ELSEWHERE - {429} else "ok", self._index)
+        if self._lookup is not None:
+            self._lookup.end()
+        self._complete()
+
+    def _complete(self) -> None:
+        if self._ended:
+            return
+        if self._chunked:
+            self._down.send([LAST_CHUNK])
+        self._ended = True
+        down = self._down
+        self._settle("ok" if self._status < 400 else "error")
+        down.finish(not down.closing_soon)
+
+    def upstream_lost(self, why: str) -> None:
+        if self._ended:
+            return
+        upstream, self._upstream = self._upstream, None
+        stale = upstream is not None and not upstream.fresh and not self._responding
+        if stale and not self._stale_retried and self._may_repeat():
+            # The server closed an idle connection just as it was used; that says nothing of it.
+            self._stale_retried = True
+            self._server_ended("neutral", self._index)
+            self._attempts -= 1
+            self._send()
+            return
+        self._context.stats.upstream_cut += 1
+        self._context.note("upstream_lost", provider=self._route.name, why=why, responding=self._responding)
+        self._server_ended("failed", self._index)
+        if not self._responding and self._may_repeat() and self._again():
+            return
+        self._break(faults.broken(self._route.name, why))
+
+    def _may_repeat(self) -> bool:
+        """A call to a model may be made twice; what a host on the way out was asked for may not."""
+        if self._caller is None:
+            return self._head.method in _REPEATABLE and not self._head.has_body
+        return self._body is not None
+
+    def upstream_congested(self, congested: bool) -> None:
+        self._down.touch()
+        self._down.hold(congested)
+
+    # -- ends
+
+    def _server_ended(self, outcome: Literal["ok", "failed", "neutral"], index: int) -> None:
+        if self._index < 0:
+            return
+        now = asyncio.get_running_loop().time()
+        self._index = -1
+        if outcome == "failed":
+            self._tried.add(index)
+        head_s, self._head_s = self._head_s, None
+        self._plan.balance.ended(index, now, outcome, head_s, self._turn)
+
+    def _release(self, tokens: int | None) -> None:
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            ticket.release(asyncio.get_running_loop().time(), tokens)
+
+    def _break(self, error: CortexError) -> None:
+        """An answer when nothing was sent yet; else a cut, so that no half response passes for a whole one."""
+        if self._ended:
+            return
+        self._ended = True
+        down = self._down
+        if not self._responding:
+            self._status = error.code.http_status
+        self._settle("cut" if self._responding else "error")
+        if self._responding:
+            down.cut()
+        else:
+            down.fail(error)
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Lets go of everything and accounts for what was used; once."""
+        if self._task is not None:
+            self._task.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None:
+            upstream.abort()
+        self._server_ended("failed" if outcome == "cut" else "neutral", self._index)
+        if self._lookup is not None:
+            self._lookup.drop()
+        self._body = None
+        self._account(outcome)
+
+    def _account(self, outcome: Outcome) -> None:
+        if self._meter is None or self._caller is None:
+            return
+        usage = self._meter.finish()
+        self._release(usage.tokens)
+        now = asyncio.get_running_loop().time()
+        self._context.usage.add(record(
+            self._caller, self._plan.name, self._endpoint, usage,
+            status=self._status, outcome=outcome, cached=self._cached(), duration_s=now - self._began,
+            queue_s=self._queue_s, ttft_s=None if self._first is None else self._first - self._began,
+            attempts=self._attempts, upstream=self._served_by,
+        ))  # fmt: skip

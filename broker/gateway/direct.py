@@ -1,0 +1,75 @@
+"""A whole small call to a provider that no sandbox's connection carries: admitted and balanced like any other."""
+
+from __future__ import annotations
+
+import asyncio
+
+from broker.errors import CortexError
+from broker.gateway import faults
+from broker.gateway.admission import Ticket
+from broker.gateway.caller import Caller
+from broker.gateway.fetch import Fetched, fetch
+from broker.gateway.plan import Plan
+from broker.gateway.routes import Route
+from broker.gateway.upstream import Pool
+
+MAX_BYTES = 32 * 2**20
+
+
+async def ask(
+    plan: Plan, route: Route, caller: Caller, own: str, pool: Pool, method: bytes, target: bytes, lines: bytes,
+    body: bytes, *, timeout_s: float,
+) -> Fetched:  # fmt: skip
+    """``lines``: headers that go along, without Host, credential and Content-Length. Raises ``CortexError``."""
+    loop = asyncio.get_running_loop()
+    ticket = await _admitted(plan, caller, own, len(body))
+    try:
+        now = loop.time()
+        index = plan.balance.pick(now)
+        if index is None:
+            raise faults.no_server(plan.name, plan.balance.retry_at(now), now)
+        turn = plan.balance.begun(index, now)
+        spot = plan.spots[index]
+        credential = plan.keys[ticket.key] if ticket.key >= 0 and not route.credential else route.credential
+        headers = spot.host_line + credential + lines
+        try:
+            answer = await fetch(
+                pool, spot.origin, method, spot.base_path + target, headers, body,
+                timeout_s=timeout_s, max_bytes=MAX_BYTES,
+            )  # fmt: skip
+        except CortexError:
+            plan.balance.ended(index, loop.time(), "failed", None, turn)
+            raise
+        except asyncio.CancelledError:
+            plan.balance.ended(index, loop.time(), "neutral", None, turn)
+            raise
+        plan.balance.ended(index, loop.time(), "failed" if answer.status >= 500 else "ok", loop.time() - now, turn)
+        if answer.status == 429:
+            ticket.limited(loop.time(), faults.retry_after(answer.headers))
+        return answer
+    finally:
+        ticket.release(loop.time(), None)
+
+
+async def _admitted(plan: Plan, caller: Caller, own: str, size: int) -> Ticket:
+    turn: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
+
+    def refused(error: CortexError) -> None:
+        if not turn.done():
+            turn.set_exception(error)
+
+    def granted(ticket: Ticket) -> None:
+        if turn.done():
+            ticket.release(asyncio.get_running_loop().time(), 0)
+        else:
+            turn.set_result(ticket)
+
+    found = plan.admission.enter(caller, own, size // 4, granted, refused)
+    if isinstance(found, Ticket):
+        return found
+    try:
+        # The admission ends every wait after limits.wait_s.
+        return await turn
+    except asyncio.CancelledError:
+        found.cancel()
+        raise

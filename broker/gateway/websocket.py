@@ -1,0 +1,166 @@
+"""A call that becomes a WebSocket to a provider: admitted like any other, then frames pass, and usage is heard.
+
+A limit on calls at once holds for the handshake alone: a conversation's socket stays open while nobody asks anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Literal
+
+from broker.errors import CortexError
+from broker.gateway import faults
+from broker.gateway.accounting import record
+from broker.gateway.admission import Ticket, Waiting
+from broker.gateway.caller import Endpoint
+from broker.gateway.context import Context
+from broker.gateway.heads import RequestHead
+from broker.gateway.meter import frame_usage
+from broker.gateway.routes import passed
+from broker.gateway.tunnel import MAX_EARLY, Mouth
+from broker.gateway.upgrade import Upgrade, upgrade_head
+from broker.gateway.ways import Way
+
+
+class WebSocketCall:
+    """Used like a ``Tunnel``: ``start`` once, ends by ``abort`` or when both sides have ended."""
+
+    def __init__(self, mouth: Mouth, head: RequestHead, way: Way, context: Context) -> None:
+        assert way.route is not None
+        assert way.caller is not None
+        self._mouth = mouth
+        self._head = head
+        self._route = way.route
+        self._caller = way.caller
+        self._target = way.target
+        self._context = context
+        self._plan = context.plans.of(way.route)
+        self._waiting: Waiting | None = None
+        self._ticket: Ticket | None = None
+        self._upgrade: Upgrade | None = None
+        self._index = -1
+        self._turn = 0
+        self._early: list[bytes] = []
+        self._early_size = 0
+        self._held = False
+        self._over = False
+        self._began = self._asked_at = asyncio.get_running_loop().time()
+
+    # -- the sandbox's side
+
+    def start(self) -> None:
+        """Raises nothing: a refusal is told to the mouth."""
+        own = f"user:{self._caller.user}" if self._route.own_keys else self._route.own
+        try:
+            found = self._plan.admission.enter(self._caller, own, 0, self._granted, self._refused)
+        except CortexError as error:
+            self._refused(error)
+            return
+        if isinstance(found, Ticket):
+            self._granted(found)
+        else:
+            self._waiting = found
+
+    def from_sandbox(self, data: bytes) -> None:
+        if self._upgrade is not None:
+            self._asked_at = asyncio.get_running_loop().time()
+            self._upgrade.from_sandbox(data)
+            return
+        self._early.append(data)
+        self._early_size += len(data)
+        if self._early_size > MAX_EARLY:
+            self._mouth.hold(True)
+
+    def sandbox_eof(self) -> bool:
+        """The sandbox will send no more; True while the other direction is still open."""
+        if self._upgrade is None:
+            self.abort()
+            return False
+        return self._upgrade.sandbox_eof()
+
+    def hold(self, held: bool) -> None:
+        """The sandbox is slow, or no longer."""
+        self._held = held
+        if self._upgrade is not None:
+            self._upgrade.hold(held)
+
+    def abort(self) -> None:
+        self._over = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+        if self._upgrade is not None:
+            self._upgrade.abort()
+        self._let_go("neutral")
+
+    # -- admission
+
+    def _refused(self, error: CortexError) -> None:
+        self._waiting = None
+        if not self._over:
+            self._over = True
+            self._let_go("neutral")
+            self._mouth.fail(error)
+
+    def _granted(self, ticket: Ticket) -> None:
+        self._waiting = None
+        self._ticket = ticket
+        plan, context = self._plan, self._context
+        now = asyncio.get_running_loop().time()
+        index = plan.balance.pick(now)
+        if index is None:
+            self._refused(faults.no_server(self._route.name, plan.balance.retry_at(now), now))
+            return
+        spot = plan.spots[index]
+        key = plan.keys[ticket.key] if ticket.key >= 0 and not self._route.credential else self._route.credential
+        lines = passed(self._route, self._head)
+        try:
+            head = upgrade_head(
+                self._head, spot.base_path + self._target, lines, spot.host_line + key, own_keys=self._route.own_keys
+            )
+        except CortexError as error:
+            self._refused(error)
+            return
+        self._turn = plan.balance.begun(index, now)
+        self._index = index
+        self._upgrade = Upgrade(
+            self._mouth, spot.origin, head, context.dialer, context.stats, context.tasks, self._heard,
+            on_end=self._ended, name=self._route.name,
+        )  # fmt: skip
+        self._upgrade.start()
+        self._upgrade.hold(self._held)
+        early, self._early = self._early, []
+        for data in early:
+            self._upgrade.from_sandbox(data)
+
+    # -- what came of it
+
+    def _heard(self, text: bytes) -> None:
+        """A message of the provider: one that ends an answer says what it used."""
+        self._release(None)
+        usage = frame_usage(text)
+        if usage is not None:
+            now = asyncio.get_running_loop().time()
+            self._context.usage.add(
+                record(
+                    self._caller, self._plan.name, Endpoint.GENERATE, usage, status=101, outcome="ok",
+                    duration_s=now - self._asked_at, upstream=max(self._index, 0),
+                )
+            )  # fmt: skip
+
+    def _ended(self, status: int) -> None:
+        """The socket is over; ``status`` is what the provider said to the handshake, 0 for nothing."""
+        if status == 429 and self._ticket is not None:
+            self._ticket.limited(asyncio.get_running_loop().time(), None)
+        self._let_go("ok" if status == 101 else "failed" if status in (0, 500, 502, 503) else "neutral")
+
+    def _let_go(self, outcome: Literal["ok", "failed", "neutral"]) -> None:
+        self._release(None)
+        index, self._index = self._index, -1
+        if index >= 0:
+            now = asyncio.get_running_loop().time()
+            self._plan.balance.ended(index, now, outcome, None, self._turn)
+
+    def _release(self, tokens: int | None) -> None:
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            ticket.release(asyncio.get_running_loop().time(), tokens)
