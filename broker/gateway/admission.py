@@ -189,9 +189,8 @@ class Admission:
                 return Ticket(self, caller.user, own, tokens, now, held)
         self._number += 1
         pooled = gates.shared_keys and not own
-        return self._wait(
-            Waiting(self, caller, own, tokens, granted, refused, avoid, now, self._number, pooled), now
-        )  # fmt: skip
+        waiting = Waiting(self, caller, own, tokens, granted, refused, avoid, now, self._number, pooled)
+        return self._wait(waiting, now)
 
     def spent(self, users: Collection[str], teams: Collection[str], until: float) -> None:
         """Whose budget is used up: refused until then. Takes the place of what was said before."""
@@ -355,15 +354,13 @@ class Admission:
             if waiting.since + self._limits.wait_s > now:
                 break
             any_were = True
-            where = (waiting.caller, waiting.own, waiting.tokens, waiting.avoid)
-            block = self._gates.obstacle(*where, now)
+            block = self._gates.obstacle(waiting.caller, waiting.own, waiting.tokens, waiting.avoid, now)
             left_s = self._least_wait_s(waiting, now)
-            if block is None:
+            if block is None:  # a call in front of it is held
                 error = refusals.crowded(self._name, self._turns.count, left_s)
             else:
-                error = refusals.limited(
-                    self._name, block, waiting.tokens, now, left_s, waited_s=self._limits.wait_s
-                )  # fmt: skip
+                left_s = max(left_s, block.at - now) if block.at != math.inf else left_s
+                error = refusals.limited(self._name, block, waiting.tokens, now, left_s, self._limits.wait_s)
             self._refuse(waiting, error)
         return any_were
 

@@ -137,7 +137,7 @@ class Gauge:
         if self._calls is not None:
             rounds, rest = divmod(ahead, self._calls.capacity)
             at = max(at, self._calls.free_at(now, rest + 1) + rounds * MINUTE_S)
-        if self._tokens is not None and tokens:
+        if self._tokens is not None and tokens and not self.running:  # else some may be given back
             at = max(at, self._tokens.free_at(now, tokens))
         return at
 
