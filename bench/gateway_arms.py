@@ -23,6 +23,8 @@ PEERS = Path(__file__).parent / "peers"
 LITELLM = PEERS / ".litellm" / "bin" / "litellm"
 PORTKEY = PEERS / ".portkey" / "node_modules" / "@portkey-ai" / "gateway" / "build" / "start-server.js"
 CHAT = "/v1/chat/completions"
+ALONE = "cortex, gateway alone"
+"""Without the forwarder, which is inside the sandbox."""
 SLOW_START_S = 90.0
 Start = Callable[[contextlib.ExitStack, str, int], "Arm | None"]
 STOP_S = 10.0
@@ -32,15 +34,17 @@ STOP_S = 10.0
 class Arm:
     """A way to the provider. ``ports``: one a sandbox, where it is ours. ``share``: of the calls, as it is slow."""
 
-    ports: tuple[int, ...]
+    ports: tuple[load.Where, ...]
     pids: tuple[int, ...] = ()
     target: str = CHAT
     headers: Mapping[str, str] = field(default_factory=dict)
     share: float = 1.0
     streams: bool = True
+    sockets: tuple[str, ...] = ()
+    """Of a gateway of ours: those behind the forwarders."""
 
     @property
-    def port(self) -> int:
+    def port(self) -> load.Where:
         return self.ports[0]
 
     def request(self, size: int, **options: Any) -> bytes:
@@ -78,7 +82,9 @@ def cortex(directory: str, gateway: Mapping[str, Any], *, slots: int = 1, users:
     with lib.child(logged(command, place / "log")) as driver:
         try:
             with lib.child(lib.python("bench.peers.forwarders", *pairs)) as forwarders:
-                yield Arm(ports, (*lib.children_of(driver.pid), forwarders.pid), f"/bench{CHAT}")
+                pids = (*lib.children_of(driver.pid), forwarders.pid)
+                sockets = tuple(pair.rpartition(":")[0] for pair in pairs)
+                yield Arm(ports, pids, f"/bench{CHAT}", sockets=sockets)
         finally:
             driver.terminate()
             driver.wait(STOP_S)
@@ -98,10 +104,8 @@ def arms(directory: str, notes: list[str]) -> Iterator[dict[str, Arm]]:
     far = lib.free_port()
     with contextlib.ExitStack() as stack:
         stack.enter_context(provider(far))
-        found = {
-            "direct": Arm((far,)),
-            "cortex": stack.enter_context(cortex(directory, section(directory, [far]))),
-        }
+        ours = stack.enter_context(cortex(directory, section(directory, [far])))
+        found = {"direct": Arm((far,)), "cortex": ours, ALONE: Arm(ours.sockets, ours.pids[:1], ours.target)}
         for name, start in (("nginx", _nginx), ("haproxy", _haproxy), ("litellm", _litellm), ("portkey", _portkey)):
             try:
                 arm = _started(start, stack, directory, far)

@@ -13,6 +13,8 @@ from typing import cast
 
 TIMEOUT_S = 60.0
 MODEL = "bench"
+Where = int | str
+"""A loopback port, or the path of a Unix socket."""
 _STAMP = re.compile(rb"at=(\d+);")
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _LAST = b"0\r\n\r\n"
@@ -134,9 +136,11 @@ def post(target: str, headers: Mapping[str, str], body: bytes) -> bytes:
     return head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
 
 
-async def connect(port: int, count: int) -> list[Client]:
-    """So many open connections to a loopback port."""
+async def connect(port: Where, count: int) -> list[Client]:
+    """So many open connections."""
     loop = asyncio.get_running_loop()
+    if isinstance(port, str):
+        return [(await loop.create_unix_connection(Client, port))[1] for _ in range(count)]
     return [(await loop.create_connection(Client, "127.0.0.1", port))[1] for _ in range(count)]
 
 
@@ -167,7 +171,7 @@ async def repeat(clients: Sequence[Client], request: Callable[[int], bytes], go:
     return seen
 
 
-async def calls(port: int, request: bytes, count: int, connections: int = 1) -> Seen:
+async def calls(port: Where, request: bytes, count: int, connections: int = 1) -> Seen:
     """``count`` calls over so many connections, one after the other on each. One more beforehand opens the way."""
     clients = await connect(port, connections)
     await repeat(clients, lambda _: request, lambda begun: begun < connections)
@@ -176,7 +180,7 @@ async def calls(port: int, request: bytes, count: int, connections: int = 1) -> 
     return seen
 
 
-async def closed_loop(port: int, request: bytes, connections: int, seconds: float) -> tuple[Seen, float]:
+async def closed_loop(port: Where, request: bytes, connections: int, seconds: float) -> tuple[Seen, float]:
     """As many calls as go through in ``seconds``; with the time that it really took."""
     clients = await connect(port, connections)
     await repeat(clients, lambda _: request, lambda begun: begun < connections)
@@ -187,13 +191,13 @@ async def closed_loop(port: int, request: bytes, connections: int, seconds: floa
     return seen, took
 
 
-async def open_loop(ports: Sequence[int], requests: Iterator[bytes], per_s: float, seconds: float) -> Seen:
+async def open_loop(ports: Sequence[Where], requests: Iterator[bytes], per_s: float, seconds: float) -> Seen:
     """Calls at a constant rate, whatever becomes of those before; each port in turn, connections kept."""
     loop = asyncio.get_running_loop()
     seen, idle = Seen(), {port: cast("list[Client]", []) for port in ports}
     done, under_way, total = loop.create_future(), 0, int(per_s * seconds)
 
-    def ended(client: Client, port: int) -> None:
+    def ended(client: Client, port: Where) -> None:
         nonlocal under_way
         under_way -= 1
         if not client.lost:
