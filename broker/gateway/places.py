@@ -27,8 +27,8 @@ class Places(Generic[T]):
         return len(self._waiting)
 
     def take(self) -> bool:
-        """Takes a place if one is free and nobody waits for it."""
-        if self._waiting or (self.most and self.taken >= self.most):
+        """Takes a place if one is free; where somebody waits, none is."""
+        if self.most and self.taken >= self.most:
             return False
         self.taken += 1
         return True

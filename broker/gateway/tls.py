@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-import time
+from time import monotonic
 
 MAX_SESSIONS = 256
 KEEP_S = 600.0
@@ -47,7 +47,7 @@ class ClientContext(ssl.SSLContext):
 
     def _session(self, host: str) -> ssl.SSLSession | None:
         until, session = self._sessions.get(host, (0.0, None))
-        return session if until > time.monotonic() else None
+        return session if until > monotonic() else None
 
     def keep(self, connection: ssl.SSLObject) -> None:
         """Keeps the session of a connection that was made by a whole handshake. Tickets come behind a TLS 1.3
@@ -58,7 +58,7 @@ class ClientContext(ssl.SSLContext):
         if session is not None and session.has_ticket:
             if len(self._sessions) >= MAX_SESSIONS:
                 self._sessions.clear()
-            until = time.monotonic() + min(KEEP_S, session.timeout)
+            until = monotonic() + min(KEEP_S, session.timeout)
             self._sessions[connection.server_hostname] = until, session
 
 

@@ -107,8 +107,20 @@ def test_a_server_that_greets_but_fails_calls_is_not_tried_at_every_greeting() -
     assert breaker.state(4) == "half_open", "it was down and is back"
 
 
+def test_what_was_probed_the_last_time_is_forgotten() -> None:
+    breaker = opened()
+    breaker.told(1, False)
+    call(breaker, REST, "ok")
+    for _ in range(4):
+        call(breaker, max(REST, breaker.until), "failed")
+    breaker.told(breaker.until - 1, True)
+    assert breaker.state(breaker.until - 1) == "open"
+
+
 def test_a_probe_spares_a_call_the_trial() -> None:
     breaker = opened()
+    breaker.told(1, False)
+    assert breaker.until == REST, "while it rests this is no news"
     breaker.told(REST, False)
     assert breaker.state(REST) == "open"
     assert breaker.until == REST + 2 * REST

@@ -13,11 +13,13 @@ from broker.gateway.fetch import Fetched, fetch
 from broker.gateway.routes import Origin
 from broker.host.tasks import TaskOwner
 
+CUT = b"<cut>"
 OK = b"HTTP/1.1 200 OK\r\nx-a: b\r\ncontent-length: 2\r\n\r\nok"
 
 
 class Server:
-    """Answers the n-th request (from 1) with what ``script`` says: bytes, None to close, "hang" to say nothing."""
+    """Answers the n-th request (from 1) with what ``script`` says: bytes (closes behind ``CUT``), None to close,
+    "hang" to say nothing."""
 
     def __init__(self) -> None:
         self.context = Context(TaskOwner("test"))
@@ -39,7 +41,9 @@ class Server:
                 if answer is None:
                     break
                 if isinstance(answer, bytes):
-                    writer.write(answer)
+                    writer.write(answer.removesuffix(CUT))
+                    if answer.endswith(CUT):
+                        break
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -96,6 +100,7 @@ async def test_no_whole_answer(server: Server, answer: bytes | str | None, code:
         await server.ask(timeout_s=0.3)
     assert caught.value.code is code
     assert server.context.pool.take(server.origin) is None, "what came of it is not kept"
+    assert len(server.requests) == 1
 
 
 async def test_no_server(server: Server) -> None:
@@ -105,11 +110,15 @@ async def test_no_server(server: Server) -> None:
     assert caught.value.code is Code.UPSTREAM_UNREACHABLE
 
 
-@pytest.mark.parametrize(("method", "whole"), [(b"GET", True), (b"POST", False)])
-async def test_an_idle_connection_that_is_closed_as_it_is_used(server: Server, method: bytes, whole: bool) -> None:
-    """Asked again where that is harmless."""
+@pytest.mark.parametrize(
+    ("method", "answer", "whole"), [(b"GET", None, True), (b"POST", None, False), (b"GET", OK[:-1] + CUT, False)]
+)
+async def test_an_idle_connection_that_is_closed_as_it_is_used(
+    server: Server, method: bytes, answer: bytes | None, whole: bool
+) -> None:
+    """Asked again where that is harmless and nothing was heard."""
     await server.ask()
-    server.script = lambda number: None if number == 2 else OK
+    server.script = lambda number: answer if number == 2 else OK
     if whole:
         assert (await server.ask(method)).body == b"ok"
     else:

@@ -60,7 +60,7 @@ async def world() -> AsyncIterator[World]:
     server = await asyncio.start_server(made.accept, "127.0.0.1", 0)
     made.origin = Origin("http", "127.0.0.1", server.sockets[0].getsockname()[1], "", True)
     yield made
-    made.context.close()
+    await made.context.close()
     await made.context.tasks.close()
     for writer in made.writers:
         writer.close()
@@ -129,6 +129,21 @@ async def test_places_come_back_from_dials_that_fail_or_are_cancelled(world: Wor
     gone.cancel()
     one.abort()
     assert await asyncio.wait_for(stays, 5)
+
+
+async def test_a_connection_that_is_lost_as_soon_as_it_stands(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.configure(max_connections=1)
+    dial = world.context.dialer.dial
+
+    async def unlucky(origin: Origin, factory: Callable[[], Upstream]) -> Upstream:
+        upstream = await dial(origin, factory)
+        upstream.abort()
+        await until(lambda: upstream.lost)
+        return upstream
+
+    monkeypatch.setattr(world.context.dialer, "dial", unlucky)
+    for _ in range(3):
+        assert not (await world.pool.dial(world.origin, wait_s=1)).alive
 
 
 async def test_a_bound_that_is_lowered_and_lifted(world: World) -> None:

@@ -53,7 +53,7 @@ class Server:
 async def gateway() -> AsyncIterator[Context]:
     context = Context(TaskOwner("test"))
     yield context
-    context.close()
+    await context.close()
     await context.tasks.close()
 
 
@@ -119,14 +119,18 @@ def test_a_session_is_no_pass_where_the_certificate_is_not_trusted(
 
 
 def test_the_certificate_is_looked_at_again_after_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls, "KEEP_S", 0.0)
+    """However often the session was resumed meanwhile."""
+    now = 0.0
+    monkeypatch.setattr(tls, "monotonic", lambda: now)
 
     async def scenario() -> None:
+        nonlocal now
         server = Server(tmp_path, ssl.TLSVersion.TLSv1_3)
         async with server.running() as origin, gateway() as context:
-            await call(context, origin)
-            await call(context, origin)
-        assert server.resumed == [False, False]
+            for at in (0.0, 0.9 * tls.KEEP_S, 1.1 * tls.KEEP_S, 1.9 * tls.KEEP_S):
+                now = at
+                await call(context, origin)
+        assert server.resumed == [False, True, False, True]
 
     run(uvloop.new_event_loop, scenario)
 
