@@ -150,11 +150,12 @@ async def test_the_leader_hears_when_the_last_follower_has_left() -> None:
     assert (flight.followers, left) == (1, [])
     two.joined.cancel()
     assert (flight.followers, left) == (0, [0])
+    stays = Follower().join(flights)
     flight.head(OK)
     flight.end()
     await settled()
-    assert not one.heads
-    assert not one.ends
+    assert (one.heads, one.ends, stays.ends) == ([], [], ["end"])
+    assert left == [0]
 
 
 async def test_a_large_answer_is_kept_for_nobody_and_the_slow_are_lost() -> None:
@@ -164,6 +165,7 @@ async def test_a_large_answer_is_kept_for_nobody_and_the_slow_are_lost() -> None
     flight.body([b"12345"])
     flight.body([b"6789"])
     assert flights.size == 9
+    assert slow.pieces == [b"12345"]
     flight.body([b"abc"])
     assert (flights.size, len(flights)) == (0, 0)
     assert b"".join(fast.pieces) == b"123456789abc"
@@ -224,3 +226,23 @@ async def test_one_who_leaves_in_the_midst_of_a_piece_hears_no_end() -> None:
     flight.end()
     assert (leaver.pieces, leaver.ends) == ([b"a"], [])
     assert (stays.pieces, stays.ends) == ([b"a", b"b"], ["end"])
+
+
+async def test_who_has_missed_a_piece_gets_none_after_it() -> None:
+    flights = Flights(max_bytes=5)
+
+    class Waker(Follower):
+        def shared_body(self, pieces: list[bytes]) -> None:
+            super().shared_body(pieces)
+            if len(self.pieces) == 3 and slow.joined is not None:
+                slow.joined.hold(False)
+
+    flight, waker, slow = led(flights), Waker(), Follower(holds=True)
+    waker.join(flights)
+    slow.join(flights)
+    flight.head(OK)
+    for piece in (b"12", b"34", b"56"):
+        flight.body([piece])
+    assert slow.pieces == [b"12"]
+    assert len(slow.ends) == 1
+    assert waker.pieces == [b"12", b"34", b"56"]
