@@ -180,7 +180,11 @@ class Meter:
         if self._size:
             rest, self._kept, self._size = b"".join(self._kept), [], 0
             if self._lines:
+                before = self._last
                 self._scan(rest)
+                if before and self._last and not _read(*self._last, self._needle)[1]:
+                    # Broken off within an event: what was said before holds.
+                    self._last = before
             else:
                 self._last = (rest, self._whole)
         counts: dict[str, Any] = {}

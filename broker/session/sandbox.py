@@ -274,11 +274,14 @@ class Sandbox:
         config = self.runtime.config()
         providers = await providers_for(config, self.runtime.credentials, self.owner.user, assembled.config.providers)
         egress = egress_for(config, self.agent, assembled.config)
+        owner = self.owner
+        identity = {"user": owner.user, "workspace": owner.workspace, "session": owner.session_id}
+        identity |= {"agent": self.agent, "team": assembled.config.settings.team}
         told = {"providers": {name: asdict(entry) for name, entry in providers.items()}, "egress": asdict(egress)}
+        told["identity"] = identity
         digest = fingerprint(self.runtime.installation_key, "gateway", told)
         if self.gateway_hash == digest:
             return False
-        identity = {"user": self.owner.user, "workspace": self.owner.workspace, "session": self.owner.session_id}
         # What is not acknowledged may be told to the next gateway: until then it is not known what the slot has.
         self.gateway_hash = ""
         await self.runtime.gateway.put_slot(

@@ -57,6 +57,9 @@ class AgentOptions(Section):
 
 
 class SettingsSection(Section):
+    """``team``: whose budget and usage the user's calls count for, too."""
+
+    team: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._@+:|-]{0,127})?$")] = ""
     model: Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f]*$")] | None = None
     allow_client_mcp: bool = False
     permission_policy: Literal["ask", "allow", "deny"] = "ask"

@@ -51,7 +51,8 @@ async def test_a_new_users_session_is_a_claim_whose_blank_home_becomes_theirs() 
         bind = inside(world, box).binds[-1]
         assert bind.parts["claim"] == {"session": session.id, "moved": False, "restart": False, "keep_ahead": True}
         identity, _, _ = world.gateway.slots[box.slot.id]
-        assert identity == {"user": "ann", "workspace": "main", "session": session.id}
+        mine = {"user": "ann", "workspace": "main", "session": session.id}
+        assert identity == {**mine, "agent": session.agent, "team": ""}
         (row,) = await world.rows.sandboxes()
         assert (row.role, row.user) == ("session", "ann")
         assert box.link.journal is not None
