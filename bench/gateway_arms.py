@@ -106,7 +106,7 @@ def arms(directory: str, notes: list[str]) -> Iterator[dict[str, Arm]]:
         stack.enter_context(provider(far))
         ours = stack.enter_context(cortex(directory, section(directory, [far])))
         found = {"direct": Arm((far,)), "cortex": ours, ALONE: Arm(ours.sockets, ours.pids[:1], ours.target)}
-        for name, start in (("nginx", _nginx), ("haproxy", _haproxy), ("litellm", _litellm), ("portkey", _portkey)):
+        for name, start in (("nginx", nginx), ("haproxy", _haproxy), ("litellm", _litellm), ("portkey", _portkey)):
             try:
                 arm = _started(start, stack, directory, far)
             except RuntimeError as error:
@@ -142,7 +142,8 @@ def _probe(found: dict[str, Arm], name: str, notes: list[str]) -> None:
         arm.streams = False
 
 
-def _nginx(stack: contextlib.ExitStack, directory: str, far: int) -> Arm | None:
+def nginx(stack: contextlib.ExitStack, directory: str, far: int) -> Arm | None:
+    """None: not installed."""
     if not shutil.which("nginx"):
         return None
     port, config = lib.free_port(), Path(directory, "nginx.conf")

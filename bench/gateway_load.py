@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import tempfile
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import uvloop
 
 from bench import lib
-from bench.gateway_arms import Arm, cortex, provider, section
+from bench.gateway_arms import Arm, cortex, nginx, provider, section
 from bench.peers import http_load as load
 from bench.peers.provider import EVENTS, EVERY_S
 
@@ -32,12 +33,13 @@ def crowd(report: lib.Report, waves: int = WAVES) -> None:
     is held against the target. ``at a stroke``: all requests are sent in the same moment.
     """
     far = lib.free_port()
-    with (
-        tempfile.TemporaryDirectory(prefix="cx-") as directory,
-        provider(far),
-        cortex(directory, section(directory, [far]), slots=SANDBOXES, users=SANDBOXES) as ours,
-    ):
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="cx-"))
+        stack.enter_context(provider(far))
+        ours = stack.enter_context(cortex(directory, section(directory, [far]), slots=SANDBOXES, users=SANDBOXES))
         ways = {"direct": Arm((far,) * SANDBOXES), "cortex": ours}
+        if (other := nginx(stack, directory, far)) is not None:
+            ways["nginx"] = Arm(other.ports * SANDBOXES)
         seen = lib.interleaved(list(ways), waves, lambda name: _waves(ways[name]))
         gateway, forwarders = (lib.pss_bytes(pid) / 1e6 for pid in ours.pids)
     pairs = zip(seen["cortex"]["spread p99"], seen["direct"]["spread p99"], strict=True)

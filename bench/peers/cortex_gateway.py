@@ -17,6 +17,7 @@ import uvloop
 
 from bench.lib import ready
 from broker.config import Config
+from broker.session.policies import Policies
 from broker.session.providers import FileCredentials, providers_for
 from tests.integration.gateway.support import NOWHERE, Rig
 
@@ -29,6 +30,7 @@ async def serve(spec: dict[str, Any]) -> None:
     rig = Rig(Path(spec["directory"]), config.gateway)
     await rig.start()
     try:
+        await Policies(rig.link, lambda: config, rig.tasks).start()
         for number in range(spec["slots"]):
             user = f"u{number % spec['users']}"
             identity = {"user": user, "workspace": "main", "session": f"s{number}"}
