@@ -101,7 +101,8 @@ async def token_endpoint(answer: dict[str, Any]) -> AsyncIterator[tuple[str, lis
     asked: list[Any] = []
 
     async def token(request: web.Request) -> web.Response:
-        asked.append(dict(await request.post()))
+        json = request.content_type == "application/json"
+        asked.append(await request.json() if json else dict(await request.post()))
         return web.json_response(answer, status=400 if "error" in answer else 200)
 
     app = web.Application()

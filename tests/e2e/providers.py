@@ -86,6 +86,7 @@ def agents_config(directory: Path, url: str) -> str:
         file.chmod(0o600)
         config += (
             f'[gateway.providers.{name}]\nkind = "{name}"\nbase_url = "{url}/{name}"\ncredential_file = "{file}"\n'
+            f"websocket = {str(name == 'openai').lower()}\n"
         )
     return config + agents
 

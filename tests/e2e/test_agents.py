@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import pytest_asyncio
 import websockets
 
+from tests.e2e.agents import CLAUDE, CODEX, GEMINI, OPENCODE, Cli
 from tests.e2e.harness import BrokerProcess, Client, connected, turn
-from tests.e2e.providers import KEYS, StandIn, broker_and_stand_in, need_agents
+from tests.e2e.providers import StandIn, broker_and_stand_in, need_agents
 
 pytestmark = [
     pytest.mark.docker,
@@ -23,43 +24,24 @@ pytestmark = [
 ]
 
 
-@dataclass(frozen=True)
-class Cli:
-    """``credential``: the header of its provider; ``shell``: its own tool that runs a command."""
-
-    name: str
-    provider: str
-    credential: str
-    shell: str
-    command: str = "command"
-    more: tuple[tuple[str, str], ...] = (("description", "probe"),)
-
-    def run(self, command: str) -> str:
-        """A prompt that makes the model run ``command`` in a way that the CLI asks for first."""
-        return f"[[tool={self.shell} {json.dumps({self.command: command, **dict(self.more)})}]]"
-
-    def secret(self) -> str:
-        key = KEYS[self.provider]
-        return f"Bearer {key}" if self.credential == "authorization" else key
-
-
-CLAUDE = Cli("claude", "anthropic", "x-api-key", "Bash")
-CODEX = Cli(
-    "codex",
-    "openai",
-    "authorization",
-    "exec_command",
-    "cmd",
-    (("sandbox_permissions", "require_escalated"), ("justification", "May I?")),
-)
-GEMINI = Cli("gemini", "gemini", "x-goog-api-key", "run_shell_command")
-OPENCODE = Cli("opencode", "openai", "authorization", "bash")
+CODEX_WEBSOCKET = replace(CODEX, name="codex-websocket")
+"""With its built-in provider, which prefers a WebSocket for the whole conversation."""
+BUILT_IN = """
+[agents.codex-websocket]
+command = ["/opt/agents/bin/codex-acp"]
+provider = "openai"
+[agents.codex-websocket.env]
+OPENAI_API_KEY = "placeholder"
+DEFAULT_AUTH_REQUEST = '{"methodId": "api-key"}'
+INITIAL_AGENT_MODE = "permission-profile:sandboxed"
+CODEX_CONFIG = '{"openai_base_url": "{gateway}/openai/v1"}'
+"""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world() -> AsyncIterator[tuple[BrokerProcess, StandIn]]:
     need_agents("claude-agent-acp", "codex-acp", "codex", "gemini", "opencode")
-    async with broker_and_stand_in() as both:
+    async with broker_and_stand_in(BUILT_IN) as both:
         yield both
 
 
@@ -119,6 +101,29 @@ async def test_a_tool_runs_in_the_workspace_after_the_client_allowed_it(
     assert "/vol/home/workspace" in shown(client)
     assert "1234321" in shown(client)
     assert len(client.permissions) == 1
+
+
+@pytest.mark.parametrize("cli", [CLAUDE, CODEX, CODEX_WEBSOCKET, GEMINI], ids=lambda cli: cli.name)
+async def test_a_whole_conversation_with_tools(cli: Cli, world: tuple[BrokerProcess, StandIn]) -> None:
+    broker, providers = world
+    made = await broker.session(f"eve-{cli.name}", cli.name)
+    await providers.forget()
+    client = Client(permission="allow_once")
+    async with connected(made["acp_url"], made["token"], client) as agent:
+        session = await agent.new_session(cwd="/", mcp_servers=[])
+        await turn(agent, session.session_id, cli.run("expr 1111 '*' 1111 > product"))
+        await turn(agent, session.session_id, "[[chunks=30 delay=5]]")
+        await turn(agent, session.session_id, cli.run("cat product"))
+        result = await turn(agent, session.session_id, "and aubergine")
+    assert result.stop_reason == "end_turn"
+    assert "w28 w29" in client.text
+    assert "1234321" in shown(client)
+    assert "heard: and aubergine" in client.text
+    asked = await providers.requests(cli.provider)
+    assert {one["headers"][cli.credential] for one in asked} == {cli.secret()}
+    if cli.provider == "openai":
+        ways = {one["method"] for one in asked if one["path"] == "/v1/responses"}
+        assert ways == ({"GET", "WEBSOCKET"} if cli is CODEX_WEBSOCKET else {"POST"})
 
 
 async def test_a_tool_does_not_run_when_the_client_refuses(cli: Cli, world: tuple[BrokerProcess, StandIn]) -> None:

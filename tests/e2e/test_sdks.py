@@ -50,6 +50,9 @@ async def place() -> AsyncIterator[Place]:
             name: Provider(kind, f"{providers.url}/{name}", f"real-{name}")  # type: ignore[arg-type]
             for name, kind in KINDS.items()
         }
+        account = {"chatgpt-account-id": "acc-1"}
+        url = f"{providers.url}/chatgpt"
+        table["chatgpt"] = Provider("openai", url, "real-chatgpt", scheme="bearer", headers=account)
         slot = await gateway.put(table)
         listener = socket.create_server(("127.0.0.1", 0))
         forwarder = Forwarder(listener, str(slot.gateway_path))
@@ -211,4 +214,12 @@ async def test_curl(place: Place) -> None:
     assert [model["name"] for model in tags["models"]] == ["qwen3:8b", "nomic-embed-text:latest"]
     wrong = await curl("--include", f"{place.url}/nobody/v1/models")
     assert wrong.startswith("HTTP/1.1 404")
-    assert "anthropic, gemini, ollama, openai" in wrong
+    assert "anthropic, chatgpt, gemini, ollama, openai" in wrong
+
+
+async def test_what_codex_asks_of_chatgpt_beside_its_model(place: Place) -> None:
+    """The account is the token's, whatever the sandbox says."""
+    path = f"{place.url}/chatgpt/backend-api/wham/accounts/check"
+    said = json.loads(await curl("--header", "chatgpt-account-id: placeholder", path))
+    assert [account["id"] for account in said["accounts"]] == ["acc-1"]
+    assert await place.keys("chatgpt") == {"Bearer real-chatgpt"}

@@ -41,10 +41,10 @@ def routes() -> list[web.RouteDef]:
 def chatgpt_routes() -> list[web.RouteDef]:
     """What Codex asks for with the tokens of a ChatGPT account."""
     return [
-        web.get("/codex/models", signed_in(codex_models)),
-        web.get("/codex/responses", signed_in(spoken)),
-        web.post("/codex/responses", signed_in(responses)),
-        web.get("/wham/{what:.*}", signed_in(account)),
+        web.get("/backend-api/codex/models", signed_in(codex_models)),
+        web.get("/backend-api/codex/responses", signed_in(spoken)),
+        web.post("/backend-api/codex/responses", signed_in(responses)),
+        web.get("/backend-api/wham/{what:.*}", signed_in(account)),
     ]
 
 
@@ -75,7 +75,11 @@ async def codex_models(request: web.Request) -> web.Response:
 
 
 async def account(request: web.Request) -> web.Response:
-    return web.json_response({"account_id": request.headers["chatgpt-account-id"], "plan_type": "plus"})
+    """Codex wants to see the account that it was told to use among those that the token is for."""
+    if request.match_info["what"] != "accounts/check":
+        return web.json_response({"plan_type": "plus"})
+    found = {"id": request.headers["chatgpt-account-id"], "workspace_backend_origin": "https://chatgpt.com"}
+    return web.json_response({"accounts": [found | {"account_routing_override": "us"}]})
 
 
 async def count(request: web.Request) -> web.Response:
