@@ -61,19 +61,25 @@ class Ticket:
         self._refused = True
         self._admission._rests(self._own, self._credential, now, self._began, retry_after_s, overload)
 
+    def answered(self) -> None:
+        """The provider has begun to answer the call, so the next rest that it does not measure itself is short again.
+        Without this word, that is known at the end of the call only."""
+        if not self._refused:
+            if self._credential is not None:
+                self._credential.rest.went_well(self._began)
+            self._admission._answered(self._began)
+
     def release(self, now: float, tokens: int | None) -> None:
         """The call is over; ``tokens`` as reported, None: unknown, so what was reserved stands. Again: nothing."""
         if self._over:
             return
         self._over = True
-        credential = self._credential
-        if credential is not None:
-            credential.running -= 1
-            if not self._refused:
-                credential.rest.went_well(self._began)
+        if self._credential is not None:
+            self._credential.running -= 1
         for gauge, cell in self._gauges:
             gauge.end(now, cell, self._tokens, tokens)
-        self._admission._ended(self._user, now, self._began, self._refused)
+        self.answered()
+        self._admission._ended(self._user, now)
 
 
 class Waiting:
@@ -259,10 +265,12 @@ class Admission:
 
     # -- tickets and waiting calls
 
-    def _ended(self, user: str, now: float, began: float, refused: bool) -> None:
-        self.running -= 1
-        if not refused and not self._gates.plain:
+    def _answered(self, began: float) -> None:
+        if not self._gates.plain:
             self._gates.went_well(began)
+
+    def _ended(self, user: str, now: float) -> None:
+        self.running -= 1
         if self._turns.count:
             self._turns.ended(user)
             self._go_on(now)

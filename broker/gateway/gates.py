@@ -6,7 +6,7 @@ from collections.abc import Collection, Hashable
 from typing import Any, TypeVar
 
 from broker.gateway.caller import Caller
-from broker.gateway.limits import Cell, Credential, Gauge, Keys, Rest
+from broker.gateway.limits import MAX_OVERLOAD_S, Cell, Credential, Gauge, Keys, Rest
 from broker.gateway.policy import Limit, Limits
 from broker.gateway.turns import Block, Reach
 
@@ -25,7 +25,7 @@ class Gates:
         self._by_sandbox = limits.sandbox.any
         self._by_credential = limits.credential.any
         self._provider = Gauge(limits.provider) if limits.provider.any else None
-        self._rest = Rest()
+        self._rest = Rest(MAX_OVERLOAD_S)
         self._rested = False
         self._keys = Keys(keys, limits.credential)
         self._users: dict[str, Gauge] = {}

@@ -19,6 +19,8 @@ EXACT = 120
 FIRST_REST_S = 1.0
 MAX_REST_S = 60.0
 """Longest rest that nobody asked for; it doubles up to here."""
+MAX_OVERLOAD_S = 4.0
+"""The same for a whole provider: under load it refuses some calls, and still answers most."""
 MAX_ASKED_REST_S = 86_400.0
 LATER = math.inf
 """When a call ends, whenever that is."""
@@ -191,9 +193,10 @@ class Gauge:
 class Rest:
     """A time in which nothing is asked, because the provider said so."""
 
-    __slots__ = ("_length", "_since", "_step", "_until")
+    __slots__ = ("_length", "_longest_s", "_since", "_step", "_until")
 
-    def __init__(self) -> None:
+    def __init__(self, longest_s: float = MAX_REST_S) -> None:
+        self._longest_s = longest_s
         self._since = NEVER
         self._until = NEVER
         self._length = 0.0
@@ -213,7 +216,7 @@ class Rest:
         elif began < self._since:
             return
         else:
-            length = self._step = min(max(2 * self._step, FIRST_REST_S), MAX_REST_S)
+            length = self._step = min(max(2 * self._step, FIRST_REST_S), self._longest_s)
         if began >= self._since:
             self._since = now
         if now + length > self.ends_at(now):

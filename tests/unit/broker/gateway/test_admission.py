@@ -103,6 +103,24 @@ class TestWithoutLimits:
         desk.clock.run(7 + LATE_S)
         assert set(desk.order[1:]) == {"bob.1", "cid.1"}
 
+    @pytest.mark.parametrize(("answers", "again_s"), [(False, 2.0), (True, 1.0)])
+    @pytest.mark.parametrize("overload", [False, True])
+    def test_rests_grow_until_a_call_is_answered(self, answers: bool, again_s: float, overload: bool) -> None:
+        desk = Desk(Limits(), keys=1)
+        desk.call("ann.1")
+        desk.tickets["ann.1"].limited(desk.clock.at, None, overload=overload)
+        desk.clock.run(1)
+        desk.call("ann.2")
+        desk.call("ann.3")
+        if answers:
+            desk.tickets["ann.2"].answered()
+        desk.tickets["ann.3"].limited(desk.clock.at, None, overload=overload)
+        desk.call("ann.4")
+        desk.clock.run(again_s - 0.1)
+        assert "ann.4" not in desk.tickets
+        desk.clock.run(0.2)
+        assert "ann.4" in desk.tickets
+
     def test_a_provider_without_a_credential_rests_itself(self) -> None:
         desk = Desk(Limits())
         desk.call("ann.1")
@@ -223,6 +241,17 @@ class TestLimits:
         desk.clock.run(20 + LATE_S)
         assert desk.order == ["ann.1", "big.1", *(f"u{i}" for i in range(5))]
 
+    def test_nor_by_small_ones_of_its_user_or_with_the_same_keys(self) -> None:
+        for limits in (Limits(user=Limit(tpm=1000)), Limits(credential=Limit(tpm=1000))):
+            desk = Desk(limits, keys=1)
+            desk.call("ann.1", slot="a", tokens=600)
+            desk.call("ann.2", slot="a", tokens=900)
+            other = "ann.3" if limits.user.any else "bob.1"
+            assert isinstance(desk.call(other, slot="b", tokens=10), Waiting)
+            assert isinstance(desk.call("cid.1", own="cids", tokens=10), Ticket)
+            desk.over("ann.1", 0)
+            assert desk.order == ["ann.1", "cid.1", "ann.2", other]
+
     def test_two_users_with_one_credential_share_its_limit(self) -> None:
         desk = Desk(Limits(credential=Limit(concurrency=1)))
         desk.call("ann.1", own="team")
@@ -258,6 +287,17 @@ class TestKeys:
         desk.call("ann.3")
         desk.clock.run(5 + LATE_S)
         assert desk.tickets["ann.3"].key == 0
+
+    def test_who_avoids_a_key_lets_others_have_it(self) -> None:
+        desk = Desk(Limits(credential=Limit(concurrency=1)), keys=2)
+        desk.call("x.1")
+        desk.call("x.2")
+        desk.tickets["x.2"].limited(desk.clock.at, 20.0)
+        desk.call("ann.1", avoid=frozenset({0}))
+        desk.call("bob.1")
+        desk.over("x.1")
+        desk.over("x.2")
+        assert desk.order == ["x.1", "x.2", "bob.1"]
 
     def test_users_with_their_own_credential_go_by_while_all_keys_rest(self) -> None:
         desk = Desk(Limits(provider=Limit(concurrency=2)), keys=1)
@@ -309,6 +349,15 @@ class TestFairness:
         for _ in range(6):
             desk.over(desk.order[-1])
         assert desk.order[1:] == ["ann.1", "bob.1", "cid.1", "ann.2", "bob.2", "ann.3"]
+
+    def test_calls_of_one_user_go_in_the_order_they_came_whatever_the_sandbox(self) -> None:
+        desk = Desk(Limits(provider=Limit(concurrency=1)))
+        desk.call("x")
+        for i, slot in enumerate("aabab"):
+            desk.call(f"ann.{i}", slot=slot)
+        for _ in range(5):
+            desk.over(desk.order[-1])
+        assert desk.order[1:] == [f"ann.{i}" for i in range(5)]
 
     def test_a_full_queue_is_shared_too(self) -> None:
         desk = Desk(Limits(provider=Limit(concurrency=1), waiting=4))
@@ -388,6 +437,23 @@ class TestWaiting:
         assert desk.order == ["x", "ann.1"]
         assert desk.admission.running == 1
         assert isinstance(desk.call("cid.1", tokens=50), Ticket), "its tokens are free again"
+
+    def test_one_that_waited_too_long_lets_the_next_by(self) -> None:
+        desk = Desk(Limits(provider=Limit(tpm=100), wait_s=5))
+        desk.call("x", tokens=50)
+        desk.call("ann.1", tokens=100)
+        desk.clock.run(1)
+        desk.call("bob.1", tokens=50)
+        desk.clock.run(4 + LATE_S)
+        assert "ann.1" in desk.errors
+        assert desk.order == ["x", "bob.1"]
+
+    def test_who_goes_at_once_past_others_needs_no_timer(self) -> None:
+        desk = Desk(Limits(user=Limit(concurrency=1)))
+        desk.call("ann.1")
+        desk.call("ann.2")
+        assert isinstance(desk.call("bob.1"), Ticket)
+        assert [timer.at for timer in desk.clock.pending] == [desk.clock.at + 30 + LATE_S]
 
     def test_those_who_are_over_as_they_begin_do_not_pile_up(self) -> None:
         desk = Desk(Limits(provider=Limit(concurrency=1), waiting=5000))

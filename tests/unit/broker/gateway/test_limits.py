@@ -8,7 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.gateway.limits import EXACT, GRAIN_S, LATER, MAX_ASKED_REST_S, Cell, Credential, Gauge, Keys, Rest, Window
+from broker.gateway.limits import (
+    EXACT,
+    GRAIN_S,
+    LATER,
+    MAX_ASKED_REST_S,
+    MAX_OVERLOAD_S,
+    Cell,
+    Credential,
+    Gauge,
+    Keys,
+    Rest,
+    Window,
+)
 from broker.gateway.policy import Limit
 
 NONE = Limit()
@@ -50,6 +62,14 @@ def test_large_windows_remember_little_and_are_late_by_a_grain_at_most() -> None
         window.add(i / 2000, 1)
     assert len(window) <= EXACT
     assert 60 <= window.free_at(50.0, 1) <= 60 + GRAIN_S
+
+
+def test_uses_that_were_put_together_count_until_the_last_is_old() -> None:
+    window = Window(200)
+    for i in range(200):
+        window.add(i * 0.002, 1)
+    assert window.free_at(1.0, 100) >= 60 + 99 * 0.002
+    assert window.free_at(1.0, 200) == 60 + 199 * 0.002
 
 
 class TestTokens:
@@ -154,6 +174,14 @@ class TestRest:
             lengths.append(rest.ends_at(now) - now)
             now = rest.ends_at(now)
         assert lengths == [1, 2, 4, 8, 16, 32, 60, 60]
+
+    def test_of_a_whole_provider_it_stays_short_unless_asked(self) -> None:
+        rest = Rest(MAX_OVERLOAD_S)
+        for now in (0.0, 10.0, 20.0, 30.0, 40.0):
+            rest.begin(now, now, None)
+        assert rest.ends_at(40.0) == 44.0
+        rest.begin(50.0, 50.0, 300.0)
+        assert rest.ends_at(50.0) == 350.0
 
     def test_calls_that_were_under_way_together_are_one_reason(self) -> None:
         rest = Rest()
