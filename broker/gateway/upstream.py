@@ -275,10 +275,12 @@ class Pool:
         return found
 
     async def dial(self, origin: Origin, *, wait_s: float | None = None) -> Upstream:
-        """A new one, or one that came free while this waited for a place (``wait_s`` at most; default: the deadline
-        of connecting). Raises ``CortexError``."""
+        """A new one; where all places are taken, an idle one, or what comes free first within ``wait_s`` (default:
+        the deadline of connecting). Raises ``CortexError``."""
         lane = self._lane(origin)
         if not lane.take():
+            if (idle := self.take(origin)) is not None:
+                return idle
             deadline = asyncio.get_running_loop().time() + (self._dialer.timeout_s if wait_s is None else wait_s)
             self._stats.upstream_waited += 1
             while (given := await self._wait(lane, origin, deadline)) is not None:

@@ -89,6 +89,13 @@ async def test_a_dial_waits_for_a_place_or_for_a_connection(world: World) -> Non
     assert world.stats.upstream_new == 3
 
 
+async def test_what_came_free_before_the_dial_is_not_overlooked(world: World) -> None:
+    world.configure(max_connections=1)
+    one = await world.pool.dial(world.origin)
+    world.put(one)
+    assert await world.pool.dial(world.origin, wait_s=0) is one
+
+
 async def test_what_was_handed_over_dead_is_not_used(world: World) -> None:
     world.configure(max_connections=1)
     one = await world.pool.dial(world.origin)
