@@ -299,8 +299,7 @@ class Admission:
 
     def _go_on(self, now: float) -> None:
         self._serve(now)
-        self._arm(now)
-        self._tell()
+        self._tell(now)
 
     def _serve(self, now: float) -> None:
         """Decides on all that can go now."""
@@ -334,7 +333,7 @@ class Admission:
         self._turns.remove(waiting)
         del self._by_age[waiting]
 
-    def _tell(self) -> None:
+    def _tell(self, now: float) -> None:
         """Whoever is told may enter, release and cancel; what that decides is told by the outermost call."""
         if self._telling:
             return
@@ -351,8 +350,7 @@ class Admission:
                     waiting.refused(waiting.error)
         finally:
             self._telling = False
-            if self._decided:  # one that was told has raised
-                self._arm(self._now())
+            self._arm(now)
 
     def _overdue(self, now: float) -> bool:
         """Refuses those that have waited for too long; whether there were any."""
@@ -401,5 +399,4 @@ class Admission:
         if now >= self._sweep_at:
             self._sweep_at = math.inf
             self._gates.sweep(now)
-        self._arm(now)
-        self._tell()
+        self._tell(now)

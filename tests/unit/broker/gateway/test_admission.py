@@ -103,17 +103,19 @@ class TestWithoutLimits:
         desk.clock.run(7 + LATE_S)
         assert set(desk.order[1:]) == {"bob.1", "cid.1"}
 
-    @pytest.mark.parametrize(("answers", "again_s"), [(False, 2.0), (True, 1.0)])
+    @pytest.mark.parametrize(("answers", "again_s"), [("", 2.0), ("begin", 1.0), ("end", 1.0)])
     @pytest.mark.parametrize("overload", [False, True])
-    def test_rests_grow_until_a_call_is_answered(self, answers: bool, again_s: float, overload: bool) -> None:
+    def test_rests_grow_until_a_call_is_answered(self, answers: str, again_s: float, overload: bool) -> None:
         desk = Desk(Limits(), keys=1)
         desk.call("ann.1")
         desk.tickets["ann.1"].limited(desk.clock.at, None, overload=overload)
         desk.clock.run(1)
         desk.call("ann.2")
         desk.call("ann.3")
-        if answers:
+        if answers == "begin":
             desk.tickets["ann.2"].answered()
+        elif answers:
+            desk.over("ann.2")
         desk.tickets["ann.3"].limited(desk.clock.at, None, overload=overload)
         desk.call("ann.4")
         desk.clock.run(again_s - 0.1)
@@ -167,6 +169,7 @@ class TestLimits:
         desk.clock.run(1)
         assert desk.order == [f"u{i}" for i in range(12)]
         assert desk.clock.most == 1, "one timer at a time"
+        assert desk.clock.set <= 13, "one for each that waited, and one for the deadline"
 
     @pytest.mark.parametrize("scope", ["provider", "credential", "user", "sandbox"])
     @pytest.mark.parametrize(
@@ -205,6 +208,15 @@ class TestLimits:
         assert "ann.2" not in desk.tickets
         desk.over("ann.1")
         assert "ann.2" in desk.tickets
+
+    def test_those_who_have_gone_are_forgotten(self) -> None:
+        desk = Desk(Limits(user=Limit(rpm=5), sandbox=Limit(tpm=5), credential=Limit(rpm=3)))
+        for i in range(50):
+            desk.call(f"u{i}", own=f"o{i}", tokens=3)
+            desk.over(f"u{i}")
+        assert desk.admission.view()["watched"] == 150
+        desk.clock.run_out()
+        assert desk.admission.view()["watched"] == 0
 
     def test_a_slot_that_changed_hands_begins_anew(self) -> None:
         desk = Desk(Limits(sandbox=Limit(rpm=1)))
@@ -489,14 +501,13 @@ class TestWaiting:
         assert desk.order == ["ann.1", "ann.2"]
 
     def test_a_clock_that_steps_back_strands_nobody(self) -> None:
-        desk = Desk(Limits(user=Limit(rpm=1), wait_s=1e9, provider=Limit(concurrency=9)))
+        desk = Desk(Limits(user=Limit(rpm=1), wait_s=1e9))
         desk.clock.at = 9e6
         desk.call("ann.1")
+        desk.over("ann.1")
         desk.call("ann.2")
         desk.clock.timers.clear()
         desk.clock.at = 1000.0
-        desk.over("ann.1")
         desk.call("bob.1")
         desk.clock.run(61)
-        desk.over("bob.1")
         assert desk.order[-1] == "ann.2"
