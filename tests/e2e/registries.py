@@ -26,28 +26,33 @@ from tests.integration.gateway.support import make_ca
 HOST = "127.0.0.2"
 WHEEL = "tiny-1.0-py3-none-any.whl"
 POM = "<project><artifactId>tiny</artifactId></project>"
+PARENT = (
+    "<project><modelVersion>4.0.0</modelVersion><groupId>org.tiny</groupId><artifactId>parent</artifactId>"
+    "<version>1.0</version><packaging>pom</packaging></project>"
+)
 _GIT = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main")
 
 
 class Registries:
     """``tls`` and ``plain``: ports of the same content. ``ca``: file with the certificate to trust."""
 
-    def __init__(self, tls: int, plain: int, ca: Path) -> None:
+    def __init__(self, host: str, tls: int, plain: int, ca: Path) -> None:
+        self.host = host
         self.tls = tls
         self.plain = plain
         self.ca = ca
 
     @property
     def url(self) -> str:
-        return f"https://{HOST}:{self.tls}"
+        return f"https://{self.host}:{self.tls}"
 
 
 @asynccontextmanager
-async def registries(directory: Path) -> AsyncIterator[Registries]:
+async def registries(directory: Path, host: str = HOST) -> AsyncIterator[Registries]:
     """They serve until the end."""
     directory.mkdir()
     # npm looks for this name where it asked a proxy for an address.
-    context, pem = make_ca(directory, HOST, "localhost")
+    context, pem = make_ca(directory, host, "localhost")
     ca = directory / "ca.pem"
     ca.write_text(pem)
     repository(directory)
@@ -57,10 +62,10 @@ async def registries(directory: Path) -> AsyncIterator[Registries]:
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     try:
-        await web.TCPSite(runner, HOST, 0, ssl_context=context).start()
-        await web.TCPSite(runner, HOST, 0).start()
+        await web.TCPSite(runner, host, 0, ssl_context=context).start()
+        await web.TCPSite(runner, host, 0).start()
         tls, plain = (address[1] for address in runner.addresses)
-        yield Registries(tls, plain, ca)
+        yield Registries(host, tls, plain, ca)
     finally:
         await runner.cleanup()
 
@@ -110,6 +115,7 @@ async def content(request: web.Request) -> web.Response:
         "/cargo/config.json": json.dumps({"dl": f"{base}/cargo/crates"}),
         "/cargo/ti/ny/tiny": json.dumps({"name": "tiny", "vers": "1.0.0"}),
         "/maven/org/tiny/tiny/1.0/tiny-1.0.pom": POM,
+        "/maven/org/tiny/parent/1.0/parent-1.0.pom": PARENT,
     }
     body = found.get(request.path)
     if body is None:

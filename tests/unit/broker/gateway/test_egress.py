@@ -15,7 +15,8 @@ import pytest
 from broker.gateway import resolve
 from broker.gateway.context import Context
 from broker.gateway.messages import Egress, Settings, SlotEntry
-from broker.gateway.table import SlotState
+from broker.gateway.orders import Orders
+from broker.gateway.table import SlotState, Table
 from broker.host.tasks import TaskOwner
 
 ME = {"user": "ann", "workspace": "main"}
@@ -71,7 +72,7 @@ class Outside:
 
     async def close(self) -> None:
         self.state.drop()
-        self.context.close()
+        await self.context.close()
         await self.tasks.close()
         self.server.close()
 
@@ -158,3 +159,8 @@ async def test_a_slot_that_is_another_users_begins_anew(outside: Outside) -> Non
     outside.state.update(theirs)
     assert sum(row["limited"] for row in outside.told) == 2, "ann's, told as ann's"
     assert "200" in await outside.asked(PLAIN)
+
+
+async def test_without_a_broker_nothing_counts_as_told(outside: Outside, tmp_path: Path) -> None:
+    Orders(tmp_path / "nobody", Table(outside.context), outside.context)
+    assert outside.context.report({"kind": "egress"}) is False
