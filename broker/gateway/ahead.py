@@ -38,6 +38,12 @@ class Prewarm:
         """One fewer may be idle."""
         self._wake.set()
 
+    def content(self) -> None:
+        """The other side keeps connections: one was used, or kept for as long as was wanted."""
+        self.pause_s = 0.0
+        if self._wanting():
+            self._wake.set()
+
     def lost_unused(self) -> None:
         """A connection was closed from afar before any use."""
         self._in_vain = True
@@ -49,8 +55,6 @@ class Prewarm:
             self._wake.clear()
             if self._in_vain:
                 await self._pause()
-            else:
-                self.pause_s = 0.0
             while self._wanting():
                 try:
                     await self._open_one()

@@ -270,8 +270,8 @@ class Pool:
                 found = upstream
             else:
                 upstream.abort()
-        if lane.prewarm is not None and lane.wanting:
-            lane.prewarm.wake()
+        if lane.prewarm is not None and found is not None:
+            lane.prewarm.content()
         return found
 
     async def dial(self, origin: Origin, *, wait_s: float | None = None) -> Upstream:
@@ -353,6 +353,8 @@ class Pool:
                 self._unidle(lane, upstream)
                 upstream.remember()
                 upstream.abort()
+                if lane.prewarm is not None:
+                    lane.prewarm.content()
             if lane.prewarm is not None and lane.wanting:
                 lane.prewarm.wake()
 

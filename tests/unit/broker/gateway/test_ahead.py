@@ -46,7 +46,7 @@ def test_at_once_and_again_when_one_was_taken() -> None:
     async def scenario(side: Side) -> None:
         assert side.idle == 2
         side.idle -= 1
-        side.made.wake()
+        side.made.content()
         await asyncio.sleep(0.1)
         assert side.idle == 2
         await asyncio.sleep(1000)
@@ -77,6 +77,7 @@ def test_a_server_that_closes_what_is_idle_is_not_bothered() -> None:
     async def scenario(side: Side) -> None:
         for _ in range(3600):
             await asyncio.sleep(1)
+            side.made.wake()  # as the sweeper does
             if side.idle:
                 side.idle = 0
                 side.made.lost_unused()
@@ -84,8 +85,11 @@ def test_a_server_that_closes_what_is_idle_is_not_bothered() -> None:
         await asyncio.sleep(MAX_PAUSE_S)
         assert side.idle == 2
         side.idle = 1
-        side.made.wake()
-        await asyncio.sleep(0.1)
-        assert side.made.pause_s == 0.0, "one was used"
+        side.made.content()
+        side.made.lost_unused()
+        before = asyncio.get_running_loop().time()
+        while side.idle < 2:
+            await asyncio.sleep(0.1)
+        assert asyncio.get_running_loop().time() - before < 1.2, "one was used: pauses begin anew"
 
     live(scenario)
