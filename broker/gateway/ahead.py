@@ -53,13 +53,13 @@ class Prewarm:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if self._in_vain:
-                await self._pause()
             while self._wanting():
+                if self._in_vain:
+                    await self._pause()
                 try:
                     await self._open_one()
                 except CortexError:
-                    await self._pause()
+                    self._in_vain = True
 
     async def _pause(self) -> None:
         self._in_vain = False

@@ -319,7 +319,10 @@ class Pool:
             upstream = await self._open(lane, origin)
             upstream.fresh = False
             self._stats.upstream_prewarmed += 1
-            self.put(upstream, IDLE_S)
+            if upstream.alive:
+                self.put(upstream, IDLE_S)
+            elif lane.prewarm is not None:
+                lane.prewarm.lost_unused()
 
     def put(self, upstream: Upstream, keep_s: float) -> None:
         """Keeps it for ``keep_s`` seconds, or gives it to a dial that waits."""

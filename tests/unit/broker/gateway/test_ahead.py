@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import pytest
+
 from broker.errors import Code, CortexError
 from broker.gateway.ahead import MAX_PAUSE_S, Prewarm
 from broker.host.tasks import TaskOwner
@@ -18,7 +20,7 @@ class Side:
     def __init__(self, count: int = 2) -> None:
         self.idle = 0
         self.opened: list[float] = []
-        self.refuses = False
+        self.refuses = self.closes = False
         self.made = Prewarm(count, lambda: self.idle < count, self.open_one)
 
     async def open_one(self) -> None:
@@ -26,7 +28,10 @@ class Side:
         await asyncio.sleep(0)
         if self.refuses:
             raise CortexError(Code.UPSTREAM_UNREACHABLE, "no", hint="none")
-        self.idle += 1
+        if self.closes:
+            self.made.lost_unused()
+        else:
+            self.idle += 1
 
 
 def live(scenario: Callable[[Side], Coroutine[Any, Any, None]]) -> Side:
@@ -55,9 +60,12 @@ def test_at_once_and_again_when_one_was_taken() -> None:
     live(scenario)
 
 
-def test_refusals_are_answered_with_longer_pauses() -> None:
+@pytest.mark.parametrize("refuses", [True, False])
+def test_refusals_are_answered_with_longer_pauses(refuses: bool) -> None:
+    """So is a server that closes what it has just accepted."""
+
     async def scenario(side: Side) -> None:
-        side.refuses, side.idle = True, 0
+        side.refuses, side.closes, side.idle = refuses, not refuses, 0
         side.opened.clear()
         side.made.wake()
         await asyncio.sleep(600)
@@ -66,7 +74,7 @@ def test_refusals_are_answered_with_longer_pauses() -> None:
         assert all(pause <= MAX_PAUSE_S for pause in pauses)
         assert pauses[-1] >= MAX_PAUSE_S / 2
         assert len(side.opened) < 30
-        side.refuses = False
+        side.refuses = side.closes = False
         await asyncio.sleep(2 * MAX_PAUSE_S)
         assert side.idle == 2
 

@@ -193,6 +193,22 @@ async def test_opened_ahead_and_again(world: World) -> None:
     await until(lambda: world.stats.upstream_prewarmed >= 6)
 
 
+async def test_one_opened_ahead_that_is_lost_at_once_is_not_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    dial = world.context.dialer.dial
+
+    async def unlucky(origin: Origin, factory: Callable[[], Upstream]) -> Upstream:
+        upstream = await dial(origin, factory)
+        upstream.abort()
+        return upstream
+
+    monkeypatch.setattr(world.context.dialer, "dial", unlucky)
+    world.configure(prewarm=2)
+    await until(lambda: world.stats.upstream_prewarmed == 1)
+    await until(lambda: not world.writers)
+    assert world.stats.idle_upstreams == 0
+    assert world.stats.upstream_prewarmed == 1, "it pauses"
+
+
 async def test_opened_ahead_within_the_bound_and_not_before_who_waits(world: World) -> None:
     world.configure(prewarm=5, max_connections=2)
     await until(lambda: world.stats.idle_upstreams == 2)
