@@ -80,8 +80,8 @@ class Flight:
     # -- told by the leader
 
     def head(self, head: ResponseHead) -> None:
-        """The final head. An answer other than 2xx is for the leader alone."""
-        if not 200 <= head.status < 300:
+        """The final head. An answer other than 200 is for the leader alone."""
+        if head.status != 200:
             self.lost(f"the shared call was answered {head.status}")
         elif not self.done:
             self.answer = recorded(head).marked(b"coalesced")

@@ -6,6 +6,7 @@ ends as its provider's streams end, and no event in it is an error.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,8 @@ import msgspec
 from broker.gateway.cache import Recorded
 
 MAX_INFLATED = 16 * 2**20
+LAST_LINES = 48
+_SUSPECT = re.compile(rb"error|response\.(?:failed|incomplete)")
 _ENDS = frozenset(("message_stop", "response.completed"))
 _FAILURES = frozenset(("error", "response.failed", "response.incomplete"))
 _UNFINISHED = frozenset(("failed", "incomplete", "in_progress", "queued", "cancelled"))
@@ -28,9 +31,9 @@ def complete(answer: Recorded) -> bool:
     kind = _header(answer, b"content-type").partition(b";")[0].strip().lower()
     try:
         if kind == b"text/event-stream":
-            return _stream_complete(_events(text))
+            return _stream_complete(_events(_telling(text)))
         if kind == b"application/x-ndjson":
-            return _stream_complete(line for line in text.splitlines() if line.strip())
+            return _stream_complete(line for line in _telling(text) if line.strip())
         value = msgspec.json.decode(text)
         return _list_complete(value) if isinstance(value, list) else isinstance(value, dict) and not _failed(value)
     except (ValueError, RecursionError):
@@ -56,9 +59,17 @@ def _plain(answer: Recorded) -> bytes | None:
     return text if inflater.eof else None
 
 
-def _events(text: bytes) -> Iterator[bytes]:
+def _telling(text: bytes) -> list[bytes]:
+    """The lines to look at: the last ones, and all where anything could be a failure."""
+    if _SUSPECT.search(text) is None:
+        lines = text.rsplit(b"\n", LAST_LINES)
+        return [line.rstrip(b"\r") for line in (lines[1:] if len(lines) > LAST_LINES else lines)]
+    return text.splitlines()
+
+
+def _events(lines: list[bytes]) -> Iterator[bytes]:
     """The data of each event; data over several lines is one of a kind that no provider sends."""
-    for line in text.splitlines():
+    for line in lines:
         if line.startswith(b"data:"):
             yield line[5:].strip()
         elif line.startswith(b"event:") and line[6:].strip() == b"error":

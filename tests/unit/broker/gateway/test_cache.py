@@ -62,6 +62,7 @@ def test_different_values_are_spelled_differently(one: Any, other: Any) -> None:
     [
         b"", b"{", b"nonsense", b'{"a":1}x', b'{"a":NaN}', b'"\xff"', rb'{"a":"\ud800"}', b"1e999", b"[" * 100_000,
         b'{"a":1,"a":2}', b'{"x":{"a":1,"a":1}}', rb'{"a":1,"\u0061":2}',
+        rb'{"a":"\\","a":"\"}"}', rb' {"a:":"\":","a:":":"}',
     ],
 )  # fmt: skip
 def test_what_two_readers_could_differ_about_has_no_spelling(body: bytes) -> None:

@@ -104,7 +104,7 @@ async def test_pieces_pass_as_they_come() -> None:
         assert follower.pieces == [b"%d" % each for each in range(number + 1)]
 
 
-@pytest.mark.parametrize("status", [302, 400, 429, 500])
+@pytest.mark.parametrize("status", [204, 302, 400, 429, 500])
 async def test_an_error_answer_is_the_leaders_alone(status: int) -> None:
     flights = Flights()
     flight, follower = led(flights), Follower().join(flights)

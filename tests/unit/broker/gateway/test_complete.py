@@ -99,3 +99,16 @@ def test_packed_bodies_are_looked_into_and_what_cannot_be_is_not_trusted() -> No
     assert not judged(good, coding=b"gzip")
     assert not judged(good, coding=b"br")
     assert not judged(gzip.compress(b'{"a":"' + bytes(20 * 2**20) + b'"}'), coding=b"gzip")
+
+
+@pytest.mark.parametrize("count", [10, 23, 24, 25, 100])
+def test_long_streams_are_judged_by_their_end_and_by_what_fails_anywhere(count: int) -> None:
+    many = [{"type": "delta", "text": "a\n\nb"}] * count
+    assert judged(sse(*many, {"type": "message_stop"}), SSE)
+    assert not judged(sse(*many), SSE)
+    for failure in ({"type": "error"}, {"error": {"code": 1}}, {"type": "response.failed"}):
+        assert not judged(sse(many[0], failure, *many, {"type": "message_stop"}), SSE)
+    assert judged(sse({"text": "an error?", "error": None}, *many, {"type": "message_stop"}), SSE)
+    lines = b'{"done":false}\n' * count
+    assert judged(lines + b'{"done":true}\n', NDJSON)
+    assert not judged(b'{"error":"x"}\n' + lines + b'{"done":true}\n', NDJSON)
