@@ -119,9 +119,9 @@ class Accounting:
         calls = [call for call in map(_read, report.get("records", ())) if call is not None and self._counts(call)]
         costs = {call.id: cost_of(price_of(settings.prices, call.model), call) for call in calls}
         fresh = await self._store.add([_row(call, costs[call.id]) for call in calls]) if calls else frozenset()
+        await self._note([call for call in calls if call.id in fresh], costs)
         if self._gateway is not None:
             self._gateway.usage_seen(str(report.get("boot", "")), int(report.get("upto", 0)))
-        await self._note([call for call in calls if call.id in fresh], costs)
 
     async def _note(self, calls: Sequence[Record], costs: Mapping[str, float]) -> None:
         """Those that count now."""
