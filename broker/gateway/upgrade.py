@@ -55,14 +55,15 @@ class Upgrade(asyncio.Protocol):
     """The provider's side of a WebSocket. ``start`` once; ends by ``abort``, by a refusal, or when both sides have
     ended. Used like a ``Tunnel``.
 
-    ``head`` goes upstream as it is; ``on_text`` hears text messages of the provider up to 1 MiB; ``on_end`` is told
-    once, when all is over, the status of the provider's answer (0: there was none). ``name`` is for people.
+    ``head`` goes upstream as it is; ``on_text`` hears text messages of the provider up to 1 MiB; ``on_open`` is
+    called when the WebSocket stands; ``on_end`` is told once, when all is over, the status of the provider's answer
+    (0: there was none). ``name`` is for people.
     """
 
     def __init__(
         self, mouth: Mouth, origin: Origin, head: bytes, dialer: Dialer, stats: Stats, tasks: TaskOwner,
-        on_text: Callable[[bytes], None] | None = None, *, on_end: Callable[[int], None] | None = None,
-        name: str = "The provider",
+        on_text: Callable[[bytes], None] | None = None, *, on_open: Callable[[], None] | None = None,
+        on_end: Callable[[int], None] | None = None, name: str = "The provider",
     ) -> None:  # fmt: skip
         self._mouth = mouth
         self._origin = origin
@@ -71,6 +72,7 @@ class Upgrade(asyncio.Protocol):
         self._stats = stats
         self._tasks = tasks
         self._on_text = on_text
+        self._on_open = on_open
         self._on_end = on_end
         self._name = name
         self._listener = TextListener()
@@ -227,6 +229,8 @@ class Upgrade(asyncio.Protocol):
             self._early = []
         self.hold(self._mouth.congested)
         self._mouth.hold(False)
+        if self._on_open is not None:
+            self._on_open()
 
     def _take_refusal(self, head: ResponseHead, body: Body, data: bytes) -> None:
         if head.status in _NOT_THERE:

@@ -124,7 +124,7 @@ class WebSocketCall:
         self._index = index
         self._upgrade = Upgrade(
             self._mouth, spot.origin, head, context.dialer, context.stats, context.tasks, self._heard,
-            on_end=self._ended, name=self._route.name,
+            on_open=self._opened, on_end=self._ended, name=self._route.name,
         )  # fmt: skip
         self._upgrade.start()
         self._upgrade.hold(self._held)
@@ -134,9 +134,11 @@ class WebSocketCall:
 
     # -- what came of it
 
+    def _opened(self) -> None:
+        self._release(None)
+
     def _heard(self, text: bytes) -> None:
         """A message of the provider: one that ends an answer says what it used."""
-        self._release(None)
         usage = frame_usage(text)
         if usage is not None:
             now = asyncio.get_running_loop().time()
@@ -151,7 +153,12 @@ class WebSocketCall:
         """The socket is over; ``status`` is what the provider said to the handshake, 0 for nothing."""
         if status == 429 and self._ticket is not None:
             self._ticket.limited(asyncio.get_running_loop().time(), None)
-        self._let_go("ok" if status == 101 else "failed" if status in (0, 500, 502, 503) else "neutral")
+        if status == 101:
+            self._let_go("ok")
+        else:
+            # A sandbox that gives up before the answer says nothing of the server.
+            failed = status in (0, 500, 502, 503) and not self._over
+            self._let_go("failed" if failed else "neutral")
 
     def _let_go(self, outcome: Literal["ok", "failed", "neutral"]) -> None:
         self._release(None)
