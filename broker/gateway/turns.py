@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
+from heapq import heappop, heappush
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from broker.gateway.limits import Gauge
@@ -58,12 +59,13 @@ W = TypeVar("W", bound=Waiter)
 
 
 class Queue(Generic[W]):
-    """The waiting calls of one user. ``at``: none can go before."""
+    """The waiting calls of one user. ``parked_until``: none can go before; ``alarm``: when it is looked at again."""
 
-    __slots__ = ("at", "count", "lines")
+    __slots__ = ("alarm", "count", "lines", "parked_until")
 
     def __init__(self) -> None:
-        self.at = -math.inf
+        self.parked_until = -math.inf
+        self.alarm = math.inf
         self.count = 0
         self.lines: dict[tuple[str, str], OrderedDict[W, None]] = {}
 
@@ -80,10 +82,12 @@ class Queue(Generic[W]):
 
 
 class Turns(Generic[W]):
-    """All waiting calls."""
+    """All waiting calls. Users none of whose calls can go are parked, so that they cost the others nothing."""
 
     def __init__(self) -> None:
-        self._queues: OrderedDict[str, Queue[W]] = OrderedDict()
+        self._queues: dict[str, Queue[W]] = {}
+        self._ready: OrderedDict[str, Queue[W]] = OrderedDict()
+        self._alarms: list[tuple[float, str]] = []
         self.count = 0
 
     def add(self, waiter: W) -> int:
@@ -92,8 +96,8 @@ class Turns(Generic[W]):
         line = queue.lines.setdefault(waiter.line, OrderedDict())
         line[waiter] = None
         queue.count += 1
-        queue.at = -math.inf
         self.count += 1
+        self._ready.setdefault(waiter.user, queue)
         return len(line) - 1
 
     def remove(self, waiter: W) -> None:
@@ -104,26 +108,45 @@ class Turns(Generic[W]):
         if not line:
             del queue.lines[waiter.line]
         queue.count -= 1
-        queue.at = -math.inf
         self.count -= 1
-        if not queue.count:
+        if queue.count:
+            self._ready.setdefault(waiter.user, queue)
+        else:
             del self._queues[waiter.user]
+            self._ready.pop(waiter.user, None)
+        if not self.count:
+            self._alarms.clear()
 
     def ended(self, user: str) -> None:
         """A call of the user has ended, so what was in the way may be gone."""
         queue = self._queues.get(user)
         if queue is not None:
-            queue.at = -math.inf
+            self._ready.setdefault(user, queue)
+
+    def look_again(self) -> None:
+        """Nothing is known of what is in the way."""
+        for user, queue in self._queues.items():
+            self._ready.setdefault(user, queue)
 
     def serve(self, now: float, start: Callable[[W], Block | None]) -> float:
         """Starts the next call that can go: ``start`` says what is in the way, or None: it has started. Gives -inf when
         one has, else when to try again; infinite: when a call ends."""
+        while self._alarms and self._alarms[0][0] <= now:
+            at, user = heappop(self._alarms)
+            queue = self._queues.get(user)
+            if queue is not None and queue.alarm == at:
+                queue.alarm = math.inf
+                self._ready.setdefault(user, queue)
+        parked: list[str] = []
+        again = self._scan(start, parked)
+        for user in parked:
+            self._park(user)
+        return min(again, self._alarms[0][0]) if self._alarms and again != -math.inf else again
+
+    def _scan(self, start: Callable[[W], Block | None], parked: list[str]) -> float:
         again = math.inf
         pool_shut = False
-        for user, queue in self._queues.items():
-            if queue.at > now:
-                again = min(again, queue.at)
-                continue
+        for user, queue in self._ready.items():
             own = math.inf
             lasting = True
             for waiter in queue.heads():
@@ -132,7 +155,7 @@ class Turns(Generic[W]):
                     continue
                 block = start(waiter)
                 if block is None:
-                    self._queues.move_to_end(user)
+                    self._ready.move_to_end(user)
                     self.remove(waiter)
                     return -math.inf
                 own = min(own, block.at)
@@ -142,21 +165,26 @@ class Turns(Generic[W]):
                 if block.reach is Reach.USER:
                     break
                 pool_shut = pool_shut or block.reach is Reach.POOL
-            again = min(again, own)
             if lasting:
-                queue.at = own
+                queue.parked_until = own
+                parked.append(user)
+            else:
+                again = min(again, own)
         return again
 
-    def look_again(self) -> None:
-        """Nothing is known of what is in the way."""
-        for queue in self._queues.values():
-            queue.at = -math.inf
+    def _park(self, user: str) -> None:
+        """Until its time has come or one of its own calls ends; then it takes its turn behind the others."""
+        queue = self._ready.pop(user)
+        if queue.parked_until < queue.alarm:
+            queue.alarm = queue.parked_until
+            heappush(self._alarms, (queue.alarm, user))
 
     def crowd(self) -> Queue[W]:
         """The user with the most waiting calls."""
         return max(self._queues.values(), key=lambda queue: queue.count)
 
     def waiting_of(self, user: str) -> int:
+        """How many of that user's calls wait."""
         queue = self._queues.get(user)
         return queue.count if queue is not None else 0
 
