@@ -105,10 +105,15 @@ def asked(rule: CacheRule, endpoint: Endpoint, method: bytes, target: bytes, bod
         return digest(method, target) if method == b"GET" and not body else None
     if endpoint not in _POSTS or method != b"POST":
         return None
-    read = canonical(body)
-    if read is None or not isinstance(read[0], dict) or not may_share(rule, endpoint, target, read[0]):
+    try:
+        value = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
         return None
-    return digest(method, target, read[1])
+    # Most bodies of agents offer tools; those are not worth spelling.
+    if not isinstance(value, dict) or not may_share(rule, endpoint, target, value):
+        return None
+    text = _spelled(value, body)
+    return None if text is None else digest(method, target, text)
 
 
 def digest(*parts: bytes) -> bytes:
@@ -121,17 +126,25 @@ def digest(*parts: bytes) -> bytes:
 
 
 def canonical(body: bytes) -> tuple[Any, bytes] | None:
-    """The JSON value and its one spelling; None where two readers could differ about it, or it is none.
-
-    A key given twice is such a case: who asks could have one value answered and the other one looked up."""
+    """The JSON value and its one spelling; None where two readers could differ about it, or it is none."""
     try:
         value = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        return None
+    text = _spelled(value, body)
+    return None if text is None else (value, text)
+
+
+def _spelled(value: Any, body: bytes) -> bytes | None:
+    """The one spelling of ``value``, decoded from ``body``; None where a key is there twice: who asks could have
+    one value answered and the other one looked up."""
+    try:
         text = msgspec.json.encode(value)
         # What most clients send is spelled like this already, so no key was lost; counting costs ten times as much.
         if text != body and _members(text) != _members(body):
             return None
-        return value, msgspec.json.encode(value, order="sorted")
-    except (ValueError, OverflowError, RecursionError, TypeError):
+        return msgspec.json.encode(value, order="sorted")
+    except (ValueError, OverflowError, RecursionError):
         return None
 
 

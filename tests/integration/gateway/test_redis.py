@@ -121,9 +121,11 @@ async def test_an_answer_is_given_again_by_another_gateway(
     answer = await found(other)
     assert (answer.status, answer.reason, answer.pieces, answer.chunked) == (200, b"OK", PIECES, True)
     assert answer.headers == [(b"content-type", b"text/event-stream"), (b"x-cortex-cache", b"hit"), (b"age", b"0")]
-    assert await other.get(OTHER) is None
     view = other.view()
     assert (view["backend"], view["redis"], view["hits"]) == ("redis", "up", 1)
+    assert other.hit(OTHER) is None
+    assert await other.get(OTHER) is None
+    assert other.view()["misses"] == view["misses"] + 1
     async with Redis(unix_socket_path=str(server.socket), password=PASSWORD) as redis:
         (name,) = await redis.keys()
         assert 0 < await redis.ttl(name) <= RULE.ttl_s

@@ -117,6 +117,17 @@ async def test_a_batch_that_does_not_fill_is_sent_after_its_time() -> None:
     assert world.provider.sent == [["a", "b"]]
 
 
+async def test_a_batch_that_was_full_is_not_sent_again_when_its_time_comes() -> None:
+    world, crashes = World(2, wait_s=0.001), list[Any]()
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: crashes.append(context))
+    full = [world.ask("a"), world.ask("b")]
+    later = world.ask("c", "another scope")
+    for each in (*full, later):
+        await each.answer()
+    assert world.provider.sent == [["a", "b"], "c"]
+    assert not crashes
+
+
 async def test_one_alone_is_sent_as_it_came() -> None:
     world = World(4, wait_s=0.001)
     assert (await world.ask("a").answer())[0] == 200
