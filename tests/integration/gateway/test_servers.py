@@ -112,7 +112,7 @@ async def world() -> AsyncIterator[World]:
     for server in made.servers:
         await server.start()
     yield made
-    made.context.close()
+    await made.context.close()
     await made.context.tasks.close()
     for server in made.servers:
         server.stop()
