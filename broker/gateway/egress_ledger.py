@@ -25,6 +25,8 @@ class Tally:
     sent: int = 0
     received: int = 0
     tool: str = ""
+    last: str = ""
+    """The last decision; "": none."""
 
 
 class Ledger:
@@ -42,6 +44,7 @@ class Ledger:
         count = getattr(tally, result) + 1
         setattr(tally, result, count)
         tally.tool = tool or tally.tool
+        tally.last = result
         return bool(count == 1)
 
     def moved(self, host: str, port: int, sent: int, received: int) -> None:

@@ -8,15 +8,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from broker.gateway.addresses import listed
 from broker.metrics import EGRESS_BYTES, EGRESS_DECISIONS
 from broker.session.ecosystems import TOOLS, ecosystem_of
 
 Result = Literal["allowed", "denied", "refused_address", "limited"]
-RESULTS: tuple[Result, ...] = ("denied", "refused_address", "limited", "allowed")
-"""What matters most to whoever looks comes first."""
+RESULTS: tuple[Result, ...] = get_args(Result)
 MAX_HOSTS = 200
 """Kept of one user, those used last."""
 MAX_USERS = 2000
@@ -93,7 +92,7 @@ class EgressView:
         for name in (*RESULTS, "sent", "received"):
             setattr(seen, name, getattr(seen, name) + int(row[name]))
         seen.tool = str(row["tool"]) or seen.tool
-        seen.last = next((result for result in RESULTS if row[result]), seen.last)
+        seen.last = row["last"] or seen.last
         seen.last_at = self._clock()
         if len(hosts) > MAX_HOSTS:
             hosts.popitem(last=False)

@@ -256,6 +256,7 @@ async def test_bytes_and_the_tool_are_told_with_whose_they_are(gw: Rig) -> None:
             "denied": 0,
             "refused_address": 0,
             "limited": 0,
+            "last": "allowed",
         }
         assert [(report["user"], report["workspace"]) for report in gw.reports] == [("u1", "main")]
         writer.close()

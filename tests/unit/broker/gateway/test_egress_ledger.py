@@ -17,7 +17,7 @@ def test_what_happened_is_added_up_until_it_is_told() -> None:
     ledger.moved("b", 2, 0, 0)
     assert ledger.rows() == [
         {"host": "a", "port": 1, "allowed": 1, "denied": 2, "refused_address": 0, "limited": 0}
-        | {"sent": 3, "received": 4, "tool": "pip"}
+        | {"sent": 3, "received": 4, "tool": "pip", "last": "allowed"}
     ]
     ledger.clear()
     assert (len(ledger), ledger.rows()) == (0, [])

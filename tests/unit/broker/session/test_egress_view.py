@@ -14,7 +14,9 @@ RESULTS = ("allowed", "denied", "refused_address", "limited")
 
 
 def row(host: str, port: int = 443, tool: str = "", **counts: Any) -> dict[str, Any]:
-    return {"host": host, "port": port, "tool": tool} | dict.fromkeys((*RESULTS, "sent", "received"), 0) | counts
+    last = next((result for result in RESULTS if counts.get(result)), "")
+    empty = dict.fromkeys((*RESULTS, "sent", "received"), 0)
+    return {"host": host, "port": port, "tool": tool, "last": last} | empty | counts
 
 
 def report(*rows: dict[str, Any], user: str = "ann", workspace: str = "main") -> dict[str, Any]:
@@ -44,6 +46,8 @@ def test_counts_add_up_and_the_last_used_comes_first() -> None:
     }  # fmt: skip
     view.heard(report(row("b.example", received=1)))
     assert view.of_user("ann")[0].last == "allowed", "bytes alone decide nothing"
+    view.heard(report(row("b.example", allowed=1, denied=1, last="denied")))
+    assert view.of_user("ann")[0].last == "denied"
 
 
 def test_every_decision_and_byte_is_in_the_metrics() -> None:
