@@ -68,6 +68,24 @@ GATEWAY_EVENTS = Counter(
 GATEWAY_CONNECTIONS = Gauge(
     "cortex_gateway_connections", "Connections from sandboxes open at the gateway.", registry=REGISTRY
 )
+GATEWAY_SERVERS = Gauge(
+    "cortex_gateway_servers",
+    "Servers of a provider, by the state of their breaker: closed (asked), half_open (tried) or open (not asked).",
+    ("provider", "state"),
+    registry=REGISTRY,
+)
+GATEWAY_CALLS = Gauge(
+    "cortex_gateway_calls",
+    "Calls of a provider that are running, or waiting for a limit.",
+    ("provider", "state"),
+    registry=REGISTRY,
+)
+GATEWAY_RESTING_KEYS = Gauge(
+    "cortex_gateway_resting_keys",
+    "The operator's keys of a provider that rest after a 429.",
+    ("provider",),
+    registry=REGISTRY,
+)
 EGRESS_DECISIONS = Counter(
     "cortex_egress_decisions_total",
     "Requests of sandboxes for hosts outside. result: allowed, denied (no list has the host), refused_address "

@@ -27,13 +27,12 @@ from broker.gateway.heads import RequestHead, ResponseHead
 from broker.gateway.lookup import Lookup
 from broker.gateway.meter import Meter
 from broker.gateway.records import Cached, Outcome
-from broker.gateway.routes import Route, passed, request_head, response_head
+from broker.gateway.routes import Route, Spot, passed, request_head, response_head, without_framing
+from broker.gateway.sent import MAX_REPLAY, RequestBody, Visit
 from broker.gateway.upstream import Upstream
 
 MAX_EARLY = 256 * 2**10
 """Body bytes kept before there is a connection; then the sandbox is held."""
-MAX_REPLAY = 2**20
-"""Body bytes kept so that a call can be made again, or looked up; a larger body is sent once."""
 BYTES_PER_TOKEN = 4
 UNKNOWN_TOKENS = 1000
 """Reserved for a body whose length is not said."""
@@ -51,11 +50,10 @@ class Call:
     is neither limited nor accounted."""
 
     __slots__ = (
-        "_attempts", "_began", "_body", "_body_size", "_caller", "_chunked", "_context", "_down", "_ended",
-        "_endpoint", "_first", "_gathering", "_head", "_head_s", "_index", "_lines", "_lookup", "_meter",
-        "_plan", "_queue_s", "_request_done", "_responding", "_route", "_routes", "_sent_at", "_served_by",
-        "_stale_retried", "_status", "_target", "_task", "_ticket", "_tried", "_tried_keys", "_turn",
-        "_upstream", "_waiting",
+        "_began", "_body", "_caller", "_chunked", "_context", "_down", "_ended", "_endpoint", "_first",
+        "_gathering", "_head", "_lines", "_lookup", "_meter", "_plan", "_queue_s", "_responding", "_route",
+        "_routes", "_stale_retried", "_status", "_target", "_task", "_ticket", "_tried_keys", "_upstream",
+        "_visit", "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -74,23 +72,17 @@ class Call:
         self._plan = context.plans.of(route)
         self._meter = Meter(route.kind, endpoint, target) if caller is not None else None
         self._lines = passed(route, head, plain=endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
-        self._began = self._sent_at = asyncio.get_running_loop().time()
+        self._began = asyncio.get_running_loop().time()
         self._queue_s = 0.0
         self._first: float | None = None
         self._status = 0
-        self._attempts = 0
-        self._tried: set[int] = set()
+        self._visit = Visit()
         self._tried_keys: frozenset[int] = frozenset()
-        self._index = self._served_by = -1
-        self._turn = 0
-        self._head_s: float | None = None
         self._ticket: Ticket | None = None
         self._waiting: Waiting | None = None
         self._task: asyncio.Task[None] | None = None
         self._upstream: Upstream | None = None
-        self._body: list[bytes] | None = []
-        self._body_size = 0
-        self._request_done = not head.has_body
+        self._body = RequestBody(chunked=head.chunked, done=not head.has_body)
         self._gathering = False
         self._responding = False
         self._chunked = False
@@ -104,34 +96,30 @@ class Call:
         """Looks for an answer, or for a server."""
         if self._caller is not None and self._plan.gathers(self._endpoint, self._head.method, self._context.responses):
             self._gathering = True
-            if self._request_done:
+            if self._body.done:
                 self._gathered()
         else:
             self._enter()
 
     def body(self, pieces: list[bytes], done: bool) -> None:
         """Body of the request; ``done``: this was the last of it."""
-        self._request_done = done
         if self._ended:
             return
         if self._meter is not None:
             self._meter.request(pieces)
-        if self._body is not None:
-            self._body += pieces
-            self._body_size += sum(map(len, pieces))
+        self._body.take(pieces, done)
         upstream = self._upstream
         if upstream is not None:
-            upstream.write(self._framed(pieces, done))
+            upstream.write(self._body.framed(pieces))
             upstream.request_done = done
-            if self._body_size > MAX_REPLAY:
-                self._body = None
+            self._body.written()
         elif self._gathering:
-            if self._body_size > MAX_REPLAY:
+            if self._body.size > MAX_REPLAY:
                 self._gathering = False
                 self._enter()
             elif done:
                 self._gathered()
-        elif self._body_size > MAX_EARLY:
+        elif self._body.size > MAX_EARLY:
             self._down.hold(True)
 
     def hold_response(self, held: bool) -> None:
@@ -143,7 +131,7 @@ class Call:
         """The sandbox is gone. Where nobody else waits for the answer, the provider need not go on."""
         if self._ended:
             return
-        if self._lookup is not None and self._lookup.followers and self._request_done:
+        if self._lookup is not None and self._lookup.followers and self._body.done:
             self._down = Nobody()
             self.hold_response(False)
             return
@@ -165,20 +153,14 @@ class Call:
         """All of the request is there."""
         self._gathering = False
         self._lookup = Lookup(self._context, self._plan, self._scope(), self._endpoint)
-        body = b"".join(self._body or ())
-        self._lookup.find(self._head, self._target, body, self, self._enter, self._ask)
+        self._lookup.find(self._head, self._target, self._body.whole(), self, self._enter, self._ask)
 
     async def _ask(self, body: bytes) -> Fetched:
         """This call with another body, for many."""
         assert self._caller is not None
-        framing = b"content-length:"
-        lines = b"".join(
-            line for line in self._lines.splitlines(keepends=True)
-            if not line.startswith((framing, b"transfer-encoding:"))
-        )  # fmt: skip
         return await ask(
             self._plan, self._route, self._caller, self._own(), self._context.pool, self._head.method, self._target,
-            lines, body, timeout_s=self._context.settings.idle_timeout_s,
+            without_framing(self._lines), body, timeout_s=self._context.settings.idle_timeout_s,
         )  # fmt: skip
 
     def _scope(self) -> str:
@@ -239,7 +221,7 @@ class Call:
             self._granted(found)
         else:
             self._waiting = found
-            if self._body_size > MAX_EARLY:
+            if self._body.size > MAX_EARLY:
                 self._down.hold(True)
 
     def _own(self) -> str:
@@ -259,76 +241,55 @@ class Call:
     def _send(self) -> None:
         """Asks the server that is least busy, by a kept connection at once, or by a new one."""
         now = asyncio.get_running_loop().time()
-        index = self._plan.balance.pick(now, self._tried)
-        if index is None:
+        spot = self._visit.begin(self._plan, now)
+        if spot is None:
             if not self._fall_back():
                 self._break(faults.no_server(self._route.name, self._plan.balance.retry_at(now), now))
             return
-        self._turn = self._plan.balance.begun(index, now)
-        self._index = self._served_by = index
-        self._sent_at = now
-        self._attempts += 1
-        origin = self._plan.spots[index].origin
-        upstream = self._context.pool.take(origin)
+        upstream = self._context.pool.take(spot.origin)
         if upstream is not None:
-            self._attach(upstream)
+            self._attach(upstream, spot)
         else:
-            self._task = self._context.tasks.start(self._dial(index), "dial")
+            self._task = self._context.tasks.start(self._dial(spot), "dial")
 
-    async def _dial(self, index: int) -> None:
+    async def _dial(self, spot: Spot) -> None:
         try:
-            upstream = await self._context.pool.dial(self._plan.spots[index].origin)
+            upstream = await self._context.pool.dial(spot.origin)
         except CortexError as error:
             self._task = None
             self._context.stats.upstream_failed += 1
             self._context.note(
                 "upstream_failed", provider=self._route.name, error=str(error), cause=str(error.__cause__ or "")
             )
-            self._server_ended("neutral" if error.code is Code.UPSTREAM_BUSY else "failed", index)
-            if not self._ended and not self._again():
-                self._break(self._anonymous(error))
+            self._leave("neutral" if error.code is Code.UPSTREAM_BUSY else "failed")
+            if not self._ended and (self._caller is None or not self._again()):
+                self._break(error if self._caller is None else faults.unreachable(self._route.name, error))
             return
         self._task = None
         if self._ended:
             upstream.abort()
         else:
-            self._attach(upstream)
-
-    def _anonymous(self, error: CortexError) -> CortexError:
-        """Where a provider lives is no business of the sandbox; a host that it named itself it knows."""
-        if self._caller is None:
-            return error
-        return CortexError(error.code, f"{self._route.name} cannot be reached", cause=error.cause, hint=error.hint)
+            self._attach(upstream, spot)
 
     def _credential_line(self, key: int) -> bytes:
         if self._route.credential or key < 0:
             return self._route.credential
         return self._plan.keys[key]
 
-    def _attach(self, upstream: Upstream) -> None:
+    def _attach(self, upstream: Upstream, spot: Spot) -> None:
         self._upstream = upstream
         upstream.begin(self, self._head.method)
         credential = self._credential_line(self._ticket.key if self._ticket is not None else -1)
-        spot = self._plan.spots[self._index]
-        body = self._body or []
+        anything = self._body.size > 0
         upstream.write([
-            request_head(spot, self._head.method, self._target, credential, self._lines),
-            *self._framed(body, self._request_done),
+            request_head(spot, self._head.method, self._target, credential, self._lines), *self._body.so_far(),
         ])  # fmt: skip
-        upstream.request_done = self._request_done
-        if self._body_size > MAX_REPLAY:
-            self._body = None
+        upstream.request_done = self._body.done
         if self._down.congested:
             upstream.hold(True)
         self._down.hold(False)
-        if self._head.expect_continue and not body and not self._request_done:
+        if self._head.expect_continue and not anything and not self._body.done:
             self._down.send([CONTINUE])
-
-    def _framed(self, pieces: list[bytes], done: bool) -> list[bytes]:
-        if not self._head.chunked:
-            return pieces
-        parts = chunk(pieces)
-        return [*parts, LAST_CHUNK] if done else parts
 
     # -- again, elsewhere
 
@@ -336,9 +297,10 @@ class Call:
         """Makes the call once more, where another server, key or provider may answer it."""
         policy = self._plan.policy
         now = asyncio.get_running_loop().time()
-        if self._body is None or self._attempts > policy.retries or now - self._began > policy.retry_within_s:
+        late = self._visit.attempts > policy.retries or now - self._began > policy.retry_within_s
+        if late or not self._body.replayable:
             return False
-        if self._plan.balance.pick(now, self._tried) is None:
+        if not self._visit.others(self._plan, now):
             return self._fall_back()
         self._context.stats.retries += 1
         self._send()
@@ -348,7 +310,9 @@ class Call:
         """After a 429: the key rests, another one may not."""
         ticket = self._ticket
         plan = self._plan
-        if ticket is None or ticket.key < 0 or self._body is None or self._attempts > plan.policy.retries:
+        if ticket is None or ticket.key < 0:
+            return self._fall_back()
+        if not self._body.replayable or self._visit.attempts > plan.policy.retries:
             return False
         self._tried_keys |= {ticket.key}
         if len(self._tried_keys) >= len(plan.keys):
@@ -360,7 +324,7 @@ class Call:
 
     def _fall_back(self) -> bool:
         """Goes to the next provider that stands in for this one."""
-        if self._body is None or self._caller is None:
+        if not self._body.replayable or self._caller is None:
             return False
         for name in self._plan.policy.fallback:
             plan = self._context.plans.named(name)
@@ -370,7 +334,7 @@ class Call:
             self._release(None)
             self._plan, self._route = plan, route
             self._lines = passed(route, self._head, plain=self._endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
-            self._tried, self._tried_keys, self._attempts = set(), frozenset(), 0
+            self._visit, self._tried_keys = Visit(), frozenset()
             self._context.stats.fallbacks += 1
             self._enter()
             return True
@@ -390,9 +354,7 @@ class Call:
         if head.status in _ELSEWHERE and self._refused(head):
             return
         now = asyncio.get_running_loop().time()
-        self._head_s = now - self._sent_at
-        if head.status not in _ELSEWHERE:
-            self._plan.balance.answered(self._index, now, self._turn)
+        self._visit.answered(self._plan, now, well=head.status not in _ELSEWHERE)
         self._responding = True
         self._chunked = not body.done and (head.chunked or body.ends_at_close)
         if head.status == 204:
@@ -415,7 +377,7 @@ class Call:
             ticket.limited(now, faults.retry_after(head.headers), overload=True)
         upstream = self._upstream
         self._upstream = None
-        self._server_ended("neutral" if status == 429 else "failed", self._index)
+        self._leave("neutral" if status == 429 else "failed")
         if self._again_with_another_key() if status == 429 else self._again():
             if upstream is not None:
                 upstream.abort()
@@ -440,7 +402,7 @@ class Call:
         if self._ended:
             return
         self._upstream = None
-        self._server_ended("failed" if self._status in _ELSEWHERE - {429} else "ok", self._index)
+        self._leave("failed" if self._status in _ELSEWHERE - {429} else "ok")
         if self._lookup is not None:
             self._lookup.end()
         self._complete()
@@ -463,13 +425,13 @@ class Call:
         if stale and not self._stale_retried and self._may_repeat():
             # The server closed an idle connection just as it was used; that says nothing of it.
             self._stale_retried = True
-            self._server_ended("neutral", self._index)
-            self._attempts -= 1
+            self._leave("neutral")
+            self._visit.attempts -= 1
             self._send()
             return
         self._context.stats.upstream_cut += 1
         self._context.note("upstream_lost", provider=self._route.name, why=why, responding=self._responding)
-        self._server_ended("failed", self._index)
+        self._leave("failed")
         if not self._responding and self._may_repeat() and self._again():
             return
         self._break(faults.broken(self._route.name, why))
@@ -478,7 +440,7 @@ class Call:
         """A call to a model may be made twice; what a host on the way out was asked for may not."""
         if self._caller is None:
             return self._head.method in _REPEATABLE and not self._head.has_body
-        return self._body is not None
+        return self._body.replayable
 
     def upstream_congested(self, congested: bool) -> None:
         self._down.touch()
@@ -486,15 +448,9 @@ class Call:
 
     # -- ends
 
-    def _server_ended(self, outcome: Literal["ok", "failed", "neutral"], index: int) -> None:
-        if self._index < 0:
-            return
-        now = asyncio.get_running_loop().time()
-        self._index = -1
-        if outcome == "failed":
-            self._tried.add(index)
-        head_s, self._head_s = self._head_s, None
-        self._plan.balance.ended(index, now, outcome, head_s, self._turn)
+    def _leave(self, outcome: Literal["ok", "failed", "neutral"]) -> None:
+        """The call is no longer at a server."""
+        self._visit.ended(self._plan, asyncio.get_running_loop().time(), outcome)
 
     def _release(self, tokens: int | None) -> None:
         ticket, self._ticket = self._ticket, None
@@ -524,10 +480,10 @@ class Call:
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
             upstream.abort()
-        self._server_ended("failed" if outcome == "cut" else "neutral", self._index)
+        self._leave("failed" if outcome == "cut" else "neutral")
         if self._lookup is not None:
             self._lookup.drop()
-        self._body = None
+        self._body.drop()
         self._account(outcome)
 
     def _account(self, outcome: Outcome) -> None:
@@ -540,5 +496,5 @@ class Call:
             self._caller, self._plan.name, self._endpoint, usage,
             status=self._status, outcome=outcome, cached=self._cached(), duration_s=now - self._began,
             queue_s=self._queue_s, ttft_s=None if self._first is None else self._first - self._began,
-            attempts=self._attempts, upstream=self._served_by,
+            attempts=self._visit.attempts, upstream=self._visit.last,
         ))  # fmt: skip

@@ -41,6 +41,11 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flights)
 
+    @property
+    def followers(self) -> int:
+        """How many get what others asked for, now."""
+        return sum(flight.followers for flight in self._flights.values())
+
     def lead(self, key: bytes) -> Flight | None:
         """The flight to report to, with exactly one ``end`` or ``lost``; None: somebody leads, so ``join``."""
         if key in self._flights:

@@ -12,7 +12,7 @@ import structlog
 from broker.gateway.dialer import Dialer
 from broker.gateway.messages import Settings
 from broker.gateway.plan import Plans
-from broker.gateway.policy import CacheStore, Policy
+from broker.gateway.policy import CacheRule, CacheStore, Policy
 from broker.gateway.resolve import Resolver
 from broker.gateway.responses import Responses
 from broker.gateway.routes import Route
@@ -60,11 +60,16 @@ class Context:
 
     def treat(self, policies: Mapping[str, Policy], cache: CacheStore) -> None:
         """Makes calls by these policies from now on. Raises ``CortexError`` and changes nothing."""
+        before = {name: plan.policy.cache for name in policies if (plan := self.plans.named(name)) is not None}
         self.plans.set(policies)
         if cache != self._cache:
             self._cache = cache
             self.tasks.start(self.responses.close(), "cache_close")
             self.responses = Responses(cache, self.tasks)
+            before.clear()
+        for name, policy in policies.items():
+            if before.get(name, CacheRule()) != policy.cache:
+                self.tasks.start(self.responses.prewarm(name, policy.cache), "cache_prewarm")
 
     def note(self, event: str, **facts: Any) -> None:
         """Logs what a request caused, so many lines in so many seconds at most: sandboxes must not fill a disk."""

@@ -10,6 +10,11 @@ from broker.gateway.heads import Headers
 MAX_RETRY_AFTER_S = 3600.0
 
 
+def unreachable(name: str, error: CortexError) -> CortexError:
+    """Where a provider lives is no business of the sandbox."""
+    return CortexError(error.code, f"{name} cannot be reached", cause=error.cause, hint=error.hint)
+
+
 def silent(name: str) -> CortexError:
     """Nothing has moved for too long."""
     return CortexError(

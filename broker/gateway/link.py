@@ -35,6 +35,7 @@ from broker.gateway.messages import (
 )
 from broker.gateway.packets import PacketSocket
 from broker.gateway.policy import CacheStore, Policy
+from broker.gateway.shown import show_providers
 from broker.gateway.stats import GAUGES
 from broker.gateway.wishes import Wish, Wishes
 from broker.host.tasks import TaskOwner
@@ -95,6 +96,8 @@ class GatewayLink:
         self._policies: tuple[Mapping[str, Policy], CacheStore] = {}, CacheStore()
         self._stats: dict[str, int] = {}
         self._connects = 0
+        self.view: dict[str, Any] = {}
+        """``providers`` and ``cache`` as the gateway last told them."""
 
     @property
     def connected(self) -> bool:
@@ -345,6 +348,8 @@ class GatewayLink:
                 GATEWAY_EVENTS.labels(name).inc(max(0, count - self._stats.get(name, 0)))
         GATEWAY_CONNECTIONS.set(fresh.get("connections", 0))
         self._stats = fresh
+        self.view = {key: answer.get(key, {}) for key in ("providers", "cache")}
+        show_providers(self.view["providers"])
 
 
 def _listen(path: Path) -> socket.socket:

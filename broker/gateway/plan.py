@@ -26,6 +26,7 @@ from broker.host.tasks import TaskOwner
 
 MAX_BARE = 256
 """Plans kept for servers that no policy names."""
+NEVER = 2**31
 log = structlog.get_logger(__name__)
 
 
@@ -78,10 +79,13 @@ class Plan:
         """Ends what looks after the servers; calls go on."""
         for worker in self._workers:
             worker.close()
+        if self.batcher is not None:
+            self.batcher.close()
 
     def view(self, now: float) -> dict[str, Any]:
         """JSON-safe, for people and metrics."""
-        return {"servers": self.balance.view(now), "limits": self.admission.view()}
+        coalesced = self.flights.followers if self.flights is not None else 0
+        return {"servers": self.balance.view(now), "limits": self.admission.view(), "coalesced": coalesced}
 
 
 class Plans:
@@ -104,10 +108,12 @@ class Plans:
         return self._named.get(name)
 
     def bare(self, name: str, kind: Kind, spot: Spot) -> Plan:
-        """A plan without limits for one server."""
+        """A plan for one server, without limits; it is asked however often it fails."""
         if len(self._bare) >= MAX_BARE:
             self._bare.clear()
-        plan = self._bare[name, spot] = Plan(name, Policy(kind=kind, upstreams=()), (spot,), self._tasks)
+        plan = self._bare[name, spot] = Plan(
+            name, Policy(kind=kind, upstreams=(), max_fails=NEVER), (spot,), self._tasks
+        )
         return plan
 
     def set(self, policies: Mapping[str, Policy]) -> None:

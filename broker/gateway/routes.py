@@ -236,6 +236,12 @@ def passed(route: Route, head: RequestHead, *, plain: bool = False) -> bytes:
     return b"".join(parts)
 
 
+def without_framing(lines: bytes) -> bytes:
+    """``lines`` of ``passed`` for another body."""
+    framing = (b"content-length:", b"transfer-encoding:")
+    return b"".join(line for line in lines.splitlines(keepends=True) if not line.startswith(framing))
+
+
 def request_head(spot: Spot, method: bytes, target: bytes, credential: bytes, lines: bytes) -> bytes:
     """The head that goes upstream; ``lines`` as ``passed`` gives them."""
     return b"%s %s%s HTTP/1.1\r\n%s%s%s\r\n" % (method, spot.base_path, target, spot.host_line, credential, lines)

@@ -74,9 +74,14 @@ class Rig:
     def _fresh(self) -> None:
         self.tasks = TaskOwner("test")
         self.link = GatewayLink(
-            self.directory / "gw.sock", self.tasks, settings=lambda: self.config, on_report=self.reports.append
+            self.directory / "gw.sock", self.tasks, settings=lambda: self.config, on_report=self._heard
         )
         self.child = GatewayChild(self.link, self.tasks, log_level="debug", log_format="json")
+
+    def _heard(self, facts: dict[str, Any]) -> None:
+        self.reports.append(facts)
+        if facts["kind"] == "usage":
+            self.link.usage_seen(facts["boot"], facts["upto"])
 
     async def start(self) -> None:
         await self.link.start()
