@@ -433,6 +433,16 @@ class TestWaiting:
         assert "ann.1" not in desk.order
         assert not desk.errors
 
+    def test_and_the_next_of_its_own_user(self) -> None:
+        desk = Desk(Limits(user=Limit(tpm=100), wait_s=100))
+        desk.call("ann.1", tokens=40)
+        waits = desk.call("ann.2", slot="a", tokens=100)
+        desk.call("ann.3", slot="b", tokens=50)
+        assert isinstance(waits, Waiting)
+        assert "ann.3" not in desk.order
+        waits.cancel()
+        assert "ann.3" in desk.order
+
     def test_one_that_is_told_may_cancel_another_whose_turn_it_is_as_well(self) -> None:
         desk = Desk(Limits(provider=Limit(tpm=100)))
         waits: list[Ticket | Waiting] = []
