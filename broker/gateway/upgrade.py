@@ -57,13 +57,13 @@ class Upgrade(asyncio.Protocol):
 
     ``head`` goes upstream as it is; ``on_text`` hears text messages of the provider up to 1 MiB; ``on_open`` is
     called when the WebSocket stands; ``on_end`` is told once, when all is over, the status of the provider's answer
-    (0: there was none). ``name`` is for people.
+    (0: it gave none, None: the sandbox did not wait for it). ``name`` is for people.
     """
 
     def __init__(
         self, mouth: Mouth, origin: Origin, head: bytes, dialer: Dialer, stats: Stats, tasks: TaskOwner,
         on_text: Callable[[bytes], None] | None = None, *, on_open: Callable[[], None] | None = None,
-        on_end: Callable[[int], None] | None = None, name: str = "The provider",
+        on_end: Callable[[int | None], None] | None = None, name: str = "The provider",
     ) -> None:  # fmt: skip
         self._mouth = mouth
         self._origin = origin
@@ -128,7 +128,7 @@ class Upgrade(asyncio.Protocol):
             self._transport.resume_reading()
 
     def abort(self) -> None:
-        self._end()
+        self._end(self._status or None)
         if self._task is not None:
             self._task.cancel()
         if self._transport is not None:
@@ -166,7 +166,7 @@ class Upgrade(asyncio.Protocol):
         if self._over:
             return
         self._answered.set()
-        self._end()
+        self._end(self._status)
         if self._transport is not None:
             self._transport.abort()
         self._mouth.fail(error)
@@ -181,11 +181,11 @@ class Upgrade(asyncio.Protocol):
             )
         )  # fmt: skip
 
-    def _end(self) -> None:
+    def _end(self, status: int | None) -> None:
         if not self._over:
             self._over = True
             if self._on_end is not None:
-                self._on_end(self._status)
+                self._on_end(status)
 
     def _take_answer(self, data: bytes) -> None:
         """Reads the provider's answer, interim ones dropped."""
@@ -253,7 +253,7 @@ class Upgrade(asyncio.Protocol):
     def _refuse(self, head: ResponseHead) -> None:
         """Passes on an answer that is no 101, whole. What the sandbox sends next could be frames: it is not read."""
         self._answered.set()
-        self._end()
+        self._end(self._status)
         head.length, head.chunked = self._refused_size, False
         if head.status in (204, 304):
             head.length = None
@@ -308,7 +308,7 @@ class Upgrade(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         if self._standing and not self._over:
-            self._end()
+            self._end(self._status)
             self._mouth.close()
         elif not self._over:
             self._lost("closed before it answered")

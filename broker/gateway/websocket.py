@@ -149,16 +149,11 @@ class WebSocketCall:
                 )
             )  # fmt: skip
 
-    def _ended(self, status: int) -> None:
-        """The socket is over; ``status`` is what the provider said to the handshake, 0 for nothing."""
+    def _ended(self, status: int | None) -> None:
+        """The socket is over; ``status``: what the provider said to the handshake, 0: nothing, None: not waited for."""
         if status == 429 and self._ticket is not None:
             self._ticket.limited(asyncio.get_running_loop().time(), None)
-        if status == 101:
-            self._let_go("ok")
-        else:
-            # A sandbox that gives up before the answer says nothing of the server.
-            failed = status in (0, 500, 502, 503) and not self._over
-            self._let_go("failed" if failed else "neutral")
+        self._let_go("ok" if status == 101 else "failed" if status in (0, 500, 502, 503) else "neutral")
 
     def _let_go(self, outcome: Literal["ok", "failed", "neutral"]) -> None:
         self._release(None)

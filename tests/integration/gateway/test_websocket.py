@@ -71,7 +71,7 @@ class Room:
         self.tasks = TaskOwner("test")
         self.context = Context(self.tasks)
         self.heard: list[bytes] = []
-        self.ended: list[int] = []
+        self.ended: list[int | None] = []
         self.doors: list[Connection] = []
 
     def way(self, head: RequestHead) -> Way:
