@@ -34,7 +34,7 @@ class Configuration:
     def told(self) -> list[str]:
         """What people should know: the warnings, and hosts that the sandbox was denied."""
         config, subject = self._runtime.config(), self._subject
-        if self.assembled is None or subject.agent not in config.agents:
+        if self.assembled is None:
             return list(self.warnings)
         user = self.assembled.config
         section = user.egress.model_dump(mode="json", exclude_unset=True)

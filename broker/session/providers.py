@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from broker.config import AgentConfig, Config, ProviderConfig
+from broker.config import DEMO_AGENT, AgentConfig, Config, ProviderConfig
 from broker.errors import Code, CortexError
 from broker.gateway.link import Egress, GatewayLink, Provider, Scheme
 from broker.session.ecosystems import hosts_of
@@ -133,8 +133,9 @@ def read_ca(name: str, path: Path) -> str:
 
 
 def egress_for(config: Config, agent: str, user: SandboxConfig) -> Egress:
-    """The hosts of the agent's settings and the user's own, with those of their ecosystems; none by default."""
-    own = config.agents[agent]
+    """The hosts of the agent's settings and the user's own, with those of their ecosystems; none by default. An
+    agent that config.toml has no longer allows nothing."""
+    own = config.agents.get(agent, DEMO_AGENT)
     ready = hosts_of((*own.egress_ecosystems, *user.egress.ecosystems))
     hosts = dict.fromkeys((*own.egress_hosts, *user.egress.hosts, *ready))
     return Egress(tuple(hosts), config.gateway.private_hosts)

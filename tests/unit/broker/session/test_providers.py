@@ -95,7 +95,7 @@ def test_the_agents_hosts_and_ecosystems_come_first_and_none_twice() -> None:
     user = assemble({"egress": {"hosts": ["d.example:8443", "b.example"], "ecosystems": ["rust", "ruby"]}})
     ready = (*HOSTS["rust"], *HOSTS["ruby"])
     assert egress_for(tree, "a", user).hosts == ("b.example", "*.c.example", "d.example:8443", *ready)
-    assert egress_for(tree, "demo", assemble({})).hosts == ()
+    assert egress_for(tree, "demo", assemble({})).hosts == egress_for(tree, "gone", assemble({})).hosts == ()
 
 
 class Told(GatewayLink):
