@@ -102,6 +102,12 @@ class Place:
         async with self.client() as client, client.post(path, data=data, headers=headers) as response:
             return response.status, await response.json(), response.headers
 
+    async def waiting(self, count: int) -> None:
+        """Returns when so many calls wait for a limit."""
+        async with asyncio.timeout(10):
+            while self.gateway.link.view.get("providers", {}).get("p", {}).get("limits", {}).get("waiting") != count:
+                await asyncio.sleep(0.02)
+
     async def records(self, count: int) -> list[dict[str, Any]]:
         """The first ``count`` records of calls that were told since the slot was put."""
         async with asyncio.timeout(10):
@@ -233,9 +239,7 @@ async def test_so_many_at_once_and_the_rest_in_turn(place: Place) -> None:
     server.gate.clear()
     await place.use(p=place.policy(0, limits=Limits(provider=Limit(concurrency=2))))
     calls = [asyncio.ensure_future(place.ask()) for _ in range(5)]
-    async with asyncio.timeout(10):
-        while place.gateway.link.view.get("providers", {}).get("p", {}).get("limits", {}).get("waiting") != 3:
-            await asyncio.sleep(0.02)
+    await place.waiting(3)
     assert len(server.keys) == 2
     server.gate.set()
     assert [status for status, _, _ in await asyncio.gather(*calls)] == [200] * 5
@@ -253,11 +257,14 @@ async def test_a_client_that_goes_while_it_waits_is_not_waited_for(place: Place)
     server = place.servers[0]
     server.gate.clear()
     await place.use(p=place.policy(0, limits=Limits(provider=Limit(concurrency=1))))
-    first, second, third = [asyncio.ensure_future(place.ask(ASK | {"user": str(at)})) for at in range(3)]
+    first = asyncio.ensure_future(place.ask(ASK | {"user": "0"}))
     async with asyncio.timeout(10):
-        while place.gateway.link.view.get("providers", {}).get("p", {}).get("limits", {}).get("waiting") != 2:
-            await asyncio.sleep(0.02)
+        while not server.bodies:
+            await asyncio.sleep(0.01)
+    second, third = [asyncio.ensure_future(place.ask(ASK | {"user": str(at)})) for at in (1, 2)]
+    await place.waiting(2)
     second.cancel()
+    await place.waiting(1)
     server.gate.set()
     assert [(await each)[0] for each in (first, third)] == [200, 200]
     assert {json.loads(body)["user"] for body in server.bodies} == {"0", "2"}
