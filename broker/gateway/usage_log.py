@@ -45,6 +45,7 @@ class UsageLog:
         self._kept: deque[Record] = deque()
         self._next = 1
         """Number of the next record; those kept are the ones right before it."""
+        self._lost_told = 0
         self._told = 0
         """Number of the last that was told."""
         self._timer: Timer | None = None
@@ -80,8 +81,9 @@ class UsageLog:
         """A broker has come: what is not known to be stored is told anew."""
         self._told = self._before
         self._rest_doubt()
-        if self.lost:
-            log.warning("usage_lost", count=self.lost)
+        if self.lost > self._lost_told:
+            log.error("usage_lost", count=self.lost - self._lost_told)
+            self._lost_told = self.lost
         self.flush()
 
     def flush(self) -> None:
