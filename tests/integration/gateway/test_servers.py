@@ -61,6 +61,7 @@ class Server:
         with suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(head.partition(b"ontent-length: ")[2].partition(b"\r\n")[0] or 0))
                 self.heads.append(head)
                 self.calls += b" /call " in head
                 if self.mood == "reset":
