@@ -10,9 +10,11 @@ import pytest
 
 from broker.errors import Code, CortexError
 from broker.metrics import STATE_WRITES
+from broker.session.ecosystems import HOSTS
 from broker.session.session import Session
 from broker.session.sources import Answer
 from tests.integration.session.rig import Client, Rig, engine_down, rig, until
+from tests.unit.broker.session.test_egress_view import report, row
 
 MCP = {"mcpServers": {"fs": {"command": "/bin/fs"}}}
 
@@ -170,6 +172,35 @@ async def test_a_provider_that_the_operator_changes_is_told_to_the_gateway(tmp_p
         assert applied.error is not None
         assert "credential_file" in applied.error["hint"]
         assert session.state == "ready"
+
+
+async def test_hosts_of_the_agents_settings_and_of_ecosystems_are_told_to_the_gateway_at_once() -> None:
+    async with rig() as world:
+        session = await world.ready()
+
+        def told() -> tuple[str, ...]:
+            return world.gateway.slots[world.box.spec.slot][2].hosts
+
+        assert told() == ()
+        own = {**world.config.agents[session.agent].model_dump(), "egress_hosts": ["a.example"]}
+        world.configure({"agents": {session.agent: own}})
+        world.registry.settings_reloaded()
+        await until(lambda: told() == ("a.example",))
+        (applied,) = await world.put("egress", {"hosts": ["*.b.example"], "ecosystems": ["rust"]})
+        assert applied.effect == {"gateway": "now"}
+        assert told() == ("a.example", "*.b.example", *HOSTS["rust"])
+
+
+async def test_a_host_that_was_denied_is_among_the_warnings_until_it_is_allowed() -> None:
+    async with rig() as world:
+        session = await world.ready()
+        await world.put("egress", {"hosts": ["a.example"]})
+        world.runtime.egress.heard(report(row("b.example", tool="git", denied=1), user=session.user))
+        (warning,) = session.view()["warnings"]
+        assert warning.startswith("git wanted b.example: denied; allow it with: ")
+        assert '{"hosts": ["a.example", "b.example"]}' in warning
+        await world.put("egress", {"hosts": ["b.example"]})
+        assert session.view()["warnings"] == []
 
 
 async def test_a_credential_that_the_gateway_did_not_acknowledge_is_taken_back_all_the_same(tmp_path: Path) -> None:
