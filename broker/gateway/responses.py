@@ -37,7 +37,11 @@ class Responses:
             # 10 MB and 0.2 s that only those pay who use it.
             from broker.gateway.redis_cache import RedisCache
 
-            self._redis = RedisCache(store, tasks)
+            try:
+                self._redis = RedisCache(store, tasks)
+            except ValueError:
+                # Its words could hold the URL, and the URL a password.
+                log.error("redis_url_malformed", hint="answers are kept in memory; correct gateway.cache.redis_url")
         self.asynchronous = self._redis is not None
         self._written: dict[str, tuple[float, dict[bytes, Recorded]]] = {}
         self.hits = self.misses = self.stored = 0

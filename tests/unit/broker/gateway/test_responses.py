@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from broker.gateway.caller import Endpoint, endpoint_of
 from broker.gateway.heads import Headers, parse_response
@@ -144,3 +145,14 @@ async def test_written_answers_hold_for_all_and_until_they_are_taken_back(tmp_pa
 async def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     loaded = await World().responses.prewarm("p", CacheRule(enabled=True, prewarm_file=str(tmp_path / "none")))
     assert loaded.bad == ["No such file or directory"]
+
+
+@pytest.mark.parametrize("url", ["redis://:a-password@host:port", "http://host", ""])
+async def test_a_malformed_url_of_redis_is_said_and_memory_is_used(url: str) -> None:
+    with capture_logs() as logs:
+        responses = Responses(CacheStore(backend="redis", redis_url=url), TaskOwner("test"))
+    assert not responses.asynchronous
+    assert responses.view()["backend"] == "memory"
+    assert [each["event"] for each in logs] == ["redis_url_malformed"]
+    assert "a-password" not in str(logs)
+    await responses.close()
