@@ -1,6 +1,8 @@
 """A call that becomes a WebSocket to a provider: admitted like any other, then frames pass, and usage is heard.
 
 A limit on calls at once holds for the handshake alone: a conversation's socket stays open while nobody asks anything.
+Frames are never held up, so what is asked in them counts against the other limits and budgets when its answer is
+there. A socket that is over one is ended: the sandbox has to shake hands anew, and is told then.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from broker.gateway.tunnel import MAX_EARLY, Mouth
 from broker.gateway.upgrade import Upgrade, upgrade_head
 from broker.gateway.ways import Way
 
+LEAST = 1
+"""Tokens reserved for what is not known yet: enough to be refused when a limit on tokens is used up."""
+
 
 class WebSocketCall:
     """Used like a ``Tunnel``: ``start`` once, ends by ``abort`` or when both sides have ended."""
@@ -35,7 +40,9 @@ class WebSocketCall:
         self._target = way.target
         self._context = context
         self._plan = context.plans.of(way.route)
+        self._own = f"user:{way.caller.user}" if way.route.own_keys else way.route.own
         self._waiting: Waiting | None = None
+        self._charging: Waiting | None = None
         self._ticket: Ticket | None = None
         self._upgrade: Upgrade | None = None
         self._index = -1
@@ -50,9 +57,8 @@ class WebSocketCall:
 
     def start(self) -> None:
         """Raises nothing: a refusal is told to the mouth."""
-        own = f"user:{self._caller.user}" if self._route.own_keys else self._route.own
         try:
-            found = self._plan.admission.enter(self._caller, own, 0, self._granted, self._refused)
+            found = self._plan.admission.enter(self._caller, self._own, LEAST, self._granted, self._refused)
         except CortexError as error:
             self._refused(error)
             return
@@ -86,8 +92,9 @@ class WebSocketCall:
 
     def abort(self) -> None:
         self._over = True
-        if self._waiting is not None:
-            self._waiting.cancel()
+        for waiting in (self._waiting, self._charging):
+            if waiting is not None:
+                waiting.cancel()
         if self._upgrade is not None:
             self._upgrade.abort()
         self._let_go("neutral")
@@ -148,6 +155,32 @@ class WebSocketCall:
                     duration_s=now - self._asked_at, upstream=max(self._index, 0),
                 )
             )  # fmt: skip
+            self._charge(usage.tokens)
+
+    def _charge(self, tokens: int | None) -> None:
+        """An answer is there: it counts as a call of so many tokens."""
+
+        def count(ticket: Ticket) -> None:
+            self._charging = None
+            ticket.release(asyncio.get_running_loop().time(), tokens)
+
+        if self._charging is not None:
+            self._cut()
+            return
+        try:
+            found = self._plan.admission.enter(self._caller, self._own, LEAST, count, lambda _: self._cut())
+        except CortexError:
+            self._cut()
+            return
+        if isinstance(found, Ticket):
+            count(found)
+        else:
+            self._charging = found
+
+    def _cut(self) -> None:
+        """Over a limit."""
+        self.abort()
+        self._mouth.close()
 
     def _ended(self, status: int | None) -> None:
         """The socket is over; ``status``: what the provider said to the handshake, 0: nothing, None: not waited for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from tests.integration.gateway.support import KEY, Rig, ask, problem, raw_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 USAGE = {"input_tokens": 120, "input_tokens_details": {"cached_tokens": 80}, "output_tokens": 40}
+FEW = Limits(user=Limit(rpm=3), waiting=0)
+SMALL = Limits(user=Limit(tpm=400), waiting=0)
 FINAL = {"type": "response.completed", "response": {"id": "r", "model": "gpt-5.5", "usage": USAGE}}
 
 
@@ -38,12 +41,14 @@ async def gw() -> AsyncIterator[Rig]:
             {
                 "openai": Policy(kind="openai", upstreams=(url,), websocket=True),
                 "narrow": Policy(kind="openai", upstreams=(url,), websocket=True, limits=one),
+                "few": Policy(kind="openai", upstreams=(url,), websocket=True, limits=FEW),
+                "small": Policy(kind="openai", upstreams=(url,), websocket=True, limits=SMALL),
                 "plain": Policy(kind="openai", upstreams=(url,)),
                 "gone": Policy(kind="openai", upstreams=("http://127.0.0.1:9",), websocket=True, max_fails=1),
             },
             CacheStore(),
         )
-        names = ("openai", "narrow", "plain", "gone")
+        names = ("openai", "narrow", "few", "small", "plain", "gone")
         await made.put({name: Provider("openai", url, KEY, policy=name) for name in names})
         yield made
 
@@ -84,6 +89,23 @@ async def test_where_the_policy_has_no_websocket_the_answer_is_426_at_once(gw: R
         await connect(gw, "plain").__aenter__()
     assert refused.value.response.status_code == 426
     assert json.loads(refused.value.response.body)["code"] == "gateway.no_websocket"
+
+
+@pytest.mark.parametrize(("provider", "count"), [("few", 3), ("small", 4)])
+async def test_answers_count_against_limits_and_a_socket_that_is_over_one_is_ended(
+    gw: Rig, provider: str, count: int
+) -> None:
+    answers = 0
+    async with asyncio.timeout(20), connect(gw, provider) as socket:
+        await socket.recv()
+        with suppress(websockets.ConnectionClosed):
+            while True:
+                await socket.send("{}")
+                await socket.recv()
+                answers += 1
+    assert answers == count, "the one that was too much is passed on"
+    status, got = problem(await ask(path(gw), handshake(provider)))
+    assert (status, got["code"]) == (429, "gateway.limited")
 
 
 async def test_an_open_socket_takes_no_place_of_those_that_ask(gw: Rig) -> None:
