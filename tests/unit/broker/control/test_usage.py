@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,17 @@ async def test_usage_is_added_up_with_a_total(used: Api) -> None:
 async def test_what_is_asked_for(used: Api, query: str, keys: list[str]) -> None:
     status, told = await used.call("GET", f"/v1/usage?{query}")
     assert (status, [row["key"] for row in told["rows"]]) == (200, keys)
+
+
+async def test_times_without_a_zone_are_utc_wherever_the_broker_is(used: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        _, told = await used.call("GET", "/v1/usage?by=hour&from=2026-01-01T01:00&to=2026-01-01T02:00")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert [row["key"] for row in told["rows"]] == ["2026-01-01T01:00:00Z"]
 
 
 @pytest.mark.parametrize("query", ["by=week", "from=then", "user=a/b", "until=2026-01-01", "nobody=1"])

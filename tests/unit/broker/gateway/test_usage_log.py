@@ -125,6 +125,20 @@ def test_the_oldest_make_room_when_no_broker_comes() -> None:
     assert broker.ids()[0].endswith("-4")
 
 
+def test_told_records_may_be_among_those_that_make_room() -> None:
+    broker = Broker()
+    for _ in range(MAX_KEPT + WINDOW + 50):
+        broker.log.add(record())
+    assert broker.log.lost == WINDOW + 50
+    for _ in range(2 * MAX_KEPT // WINDOW):
+        for report in broker.heard:
+            broker.see(report)
+    assert len(broker.log) == 0
+    told = [int(name.split("-")[1]) for name in broker.ids()]
+    assert set(range(WINDOW + 51, MAX_KEPT + WINDOW + 51)) <= set(told)
+    assert told == sorted(set(told))
+
+
 def test_the_largest_batch_fits_into_a_packet() -> None:
     broker = Broker()
     long = "u" * 128

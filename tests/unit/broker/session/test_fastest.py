@@ -48,6 +48,9 @@ def test_a_little_faster_is_no_reason_to_change() -> None:
     speeds.add(CONFIG, call("a", 0.1))
     assert choose(speeds) == "b"
     for _ in range(20):
+        speeds.add(CONFIG, call("a", 0.17))
+    assert choose(speeds) == "b"
+    for _ in range(20):
         speeds.add(CONFIG, call("a", 0.1))
     assert choose(speeds) == "a"
 

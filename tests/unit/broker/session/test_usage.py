@@ -146,6 +146,7 @@ async def test_a_spent_budget_is_told_once_until_it_is_anew(world: World) -> Non
     world.settings |= {"budgets": {"period": "day", "user_usd": 2.0, "team_usd": 3.0}}
     accounting = await world.open()
     await world.tell(accounting, call(1, team="red"), call(2, user="bob", team="red"))
+    await world.tell(accounting, call(1, team="red"), call(2, user="bob", team="red"))
     assert world.gateway.changes == 0
     await world.tell(accounting, call(3, team="red"))
     assert world.gateway.changes == 1
