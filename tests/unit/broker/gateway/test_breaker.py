@@ -113,8 +113,9 @@ def test_what_was_probed_the_last_time_is_forgotten() -> None:
     call(breaker, REST, "ok")
     for _ in range(4):
         call(breaker, max(REST, breaker.until), "failed")
-    breaker.told(breaker.until - 1, True)
-    assert breaker.state(breaker.until - 1) == "open"
+    now = breaker.until - 1
+    breaker.told(now, True)
+    assert breaker.state(now) == "open"
 
 
 def test_a_probe_spares_a_call_the_trial() -> None:
