@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from broker.gateway.link import Provider
+from broker.gateway.policy import CacheStore, Policy
 from sandbox_agent.forward import Forwarder
 from tests.e2e.providers import StandIn, stand_in
 from tests.host import missing
@@ -46,8 +47,10 @@ class Place:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def place() -> AsyncIterator[Place]:
     async with stand_in() as providers, rig() as gateway:
+        policy = Policy(kind="openai", upstreams=(f"{providers.url}/openai",), websocket=True)
+        gateway.link.set_policies({"openai": policy}, CacheStore())
         table = {
-            name: Provider(kind, f"{providers.url}/{name}", f"real-{name}")  # type: ignore[arg-type]
+            name: Provider(kind, f"{providers.url}/{name}", f"real-{name}", policy=name)  # type: ignore[arg-type]
             for name, kind in KINDS.items()
         }
         account = {"chatgpt-account-id": "acc-1"}
@@ -149,6 +152,21 @@ async def test_openai_responses_whole_and_as_a_stream(place: Place, gpt: openai.
     called = await gpt.responses.create(model="m", input=asked(CALL), tools=tools)
     assert called.output[0].type == "function_call"
     assert json.loads(called.output[0].arguments) == {"city": "Bonn"}
+    assert await place.keys("openai") == {"Bearer real-openai"}
+
+
+async def test_openai_responses_over_a_websocket(place: Place, gpt: openai.AsyncOpenAI) -> None:
+    async with gpt.responses.connect() as connection:
+        for prompt in ("[[chunks=20 delay=1]]", "and again"):
+            await connection.response.create(model="m", input=asked(prompt))
+            deltas = []
+            async for event in connection:
+                if event.type == "response.output_text.delta":
+                    deltas.append(event.delta)
+                if event.type == "response.completed":
+                    break
+            assert deltas[0] == ("w0 " if prompt.startswith("[") else "heard: ")
+    assert {one["method"] for one in await place.providers.requests("openai")} == {"GET", "WEBSOCKET"}
     assert await place.keys("openai") == {"Bearer real-openai"}
 
 
