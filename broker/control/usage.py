@@ -30,7 +30,7 @@ class Wanted(Body):
 
 
 class Sum(Answer):
-    calls: int
+    calls: int = Field(description="To models; looks at lists of them and counts of tokens are none.")
     errors: int = Field(description="Answered with one, or broken off.")
     cached: int = Field(description="For which no provider was asked; they use no tokens.")
     input: int = Field(description="Tokens of prompts, those of the provider's cache included.")

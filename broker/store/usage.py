@@ -1,4 +1,4 @@
-"""Calls to models, each counted once, and what they add up to by the hour; and how soon models answer."""
+"""Calls to providers, each counted once; what those to models add up to by the hour; and how soon models answer."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ _HOURS = (
     f"INSERT INTO usage_hours (hour, user, team, provider, model, {', '.join(_SUMS)}) "
     f"SELECT CAST(at AS INTEGER) / {HOUR}, user, team, provider, model, "
     "count(*), sum(outcome <> 'ok' OR status >= 400), sum(cached IN ('hit', 'coalesced')), "
-    f"{_TOTALS}, count(ttft_s) FROM usage_calls WHERE id IN (SELECT value FROM json_each(?)) GROUP BY 1, 2, 3, 4, 5 "
+    f"{_TOTALS}, count(ttft_s) FROM usage_calls WHERE id IN (SELECT value FROM json_each(?)) "
+    "AND endpoint IN ('generate', 'embed') GROUP BY 1, 2, 3, 4, 5 "
     "ON CONFLICT (hour, user, team, provider, model) DO UPDATE SET "
     + ", ".join(f"{name} = {name} + excluded.{name}" for name in _SUMS)
 )

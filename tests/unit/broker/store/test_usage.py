@@ -42,6 +42,7 @@ CALL = UsedCall(
 async def test_what_is_told_twice_counts_once(db: Database) -> None:
     store = UsageStore(db)
     other = replace(CALL, id="b-2", ttft_s=None, outcome="cut", input=None)
+    assert await store.add([replace(CALL, id="b-3", endpoint="list")]) == {"b-3"}
     assert await store.add([CALL]) == {"b-1"}
     assert await store.add([CALL, other]) == {"b-2"}
     assert await store.add([CALL, other]) == frozenset()
