@@ -113,9 +113,9 @@ async def test_anthropic_tools_counts_models_and_errors(place: Place, claude: an
     assert [model.id async for model in claude.models.list()] == ["claude-opus-5-5", "claude-haiku-4-5"]
     with pytest.raises(anthropic.RateLimitError) as limited:
         await claude.with_options(max_retries=0).messages.create(
-            model="m", max_tokens=9, messages=asked("[[status=429 retry-after=7]]")
+            model="m", max_tokens=9, messages=asked("[[status=429 retry-after=1]]")
         )
-    assert limited.value.response.headers["retry-after"] == "7"
+    assert limited.value.response.headers["retry-after"] == "1"
     retried = await claude.messages.create(model="m", max_tokens=9, messages=asked("[[status=529 times=1]] again"))
     assert retried.stop_reason == "end_turn"
     assert await place.keys("anthropic") == {"real-anthropic"}
