@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -27,12 +28,26 @@ OTHER = 10, 5
 """Input and output of calls that a CLI makes besides."""
 PRICES = '[gateway.prices."*"]\ninput = 1.0\noutput = 10.0\ncache_read = 0.5\n'
 WAIT_S = 20.0
+MODELS = ["claude-sonnet-4-1", "claude-sonnet-4-2"]
+FASTEST = f"""
+[agents.quick]
+command = ["/opt/agents/bin/claude-agent-acp"]
+provider = "anthropic"
+model = "fastest"
+models = {json.dumps(MODELS)}
+model_env = {{ ANTHROPIC_MODEL = "{{model}}" }}
+[agents.quick.env]
+ANTHROPIC_BASE_URL = "{{gateway}}/anthropic"
+ANTHROPIC_AUTH_TOKEN = "placeholder"
+CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC = "1"
+IS_SANDBOX = "1"
+"""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world() -> AsyncIterator[tuple[BrokerProcess, StandIn]]:
     need_agents("claude-agent-acp", "codex-acp", "codex", "gemini")
-    async with broker_and_stand_in(PRICES) as both:
+    async with broker_and_stand_in(PRICES + FASTEST) as both:
         yield both
 
 
@@ -87,3 +102,20 @@ async def test_usage_is_what_the_providers_said_and_survives_a_killed_broker(
     ):
         assert f"# TYPE {name} histogram" in metrics
     assert "use-" not in "".join(line for line in metrics.splitlines() if line.startswith("gen_ai"))
+
+
+async def test_each_model_gets_its_turn(world: tuple[BrokerProcess, StandIn]) -> None:
+    broker, _ = world
+    chosen: list[str] = []
+    for number in range(3):
+        user = f"quick-{number}"
+        made = await broker.session(user, "quick")
+        async with connected(made["acp_url"], made["token"], Client()) as agent:
+            session = await agent.new_session(cwd="/", mcp_servers=[])
+            await turn(agent, session.session_id, "hello")
+        async with asyncio.timeout(WAIT_S):
+            while not (found := set(await used(broker, f"by=model&user={user}", 1)) & set(MODELS)):
+                pass
+        chosen += found
+    assert chosen[:2] == MODELS
+    assert chosen[2] in MODELS
