@@ -40,9 +40,12 @@ def answer(error: CortexError, *, close: bool, head_only: bool = False) -> bytes
     return head if head_only else head + body
 
 
+_SAID = frozenset((Code.EGRESS_DENIED, Code.EGRESS_ADDRESS, Code.EGRESS_LIMIT, Code.UPSTREAM_UNREACHABLE))
+
+
 def _reason(error: CortexError) -> str:
-    """For refusals of the way out what is wrong: the reason phrase is all that most tools show of a proxy's answer."""
-    if error.code in (Code.EGRESS_DENIED, Code.EGRESS_ADDRESS, Code.EGRESS_LIMIT):
+    """For failures of the way out what is wrong: the reason phrase is all that most tools show of a proxy's answer."""
+    if error.code in _SAID:
         return f"{error.what} ({error.code.slug})"
     return HTTPStatus(error.code.http_status).phrase
 

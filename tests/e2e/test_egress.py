@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from broker.config_types import Ecosystem
+from broker.session.ecosystems import HOSTS
 from tests.e2e.conftest import need_docker, short_directory
 from tests.e2e.harness import BrokerProcess, Client, connected, running, turn
 from tests.e2e.registries import HOST, POM, Registries, registries
+from tests.host import missing
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 
@@ -74,7 +78,7 @@ async def world() -> AsyncIterator[World]:
             config = f"""
 ca_file = "{served.ca}"
 [gateway]
-private_hosts = ["{HOST}"]
+private_hosts = {json.dumps([HOST, *HOSTS["python"], *HOSTS["node"]])}
 [agents.stocked]
 command = ["{{python}}", "-I", "-S", "{{sandbox_agent}}/demo.py"]
 egress_hosts = ["{HOST}:{served.tls}"]
@@ -129,6 +133,30 @@ async def test_a_tool_is_refused_and_after_the_line_that_is_shown_it_works(world
         assert shown["allow"] == ""
         await world.allow(user)
         assert refused.replace("%s", str(port)) in await shell.run(command.replace("/tmp/t", "/tmp/u"))
+
+
+@pytest.mark.parametrize(
+    ("ecosystem", "command", "works"),
+    [
+        ("python", "python3 -m pip install --no-cache-dir --target /tmp/t idna", "Successfully installed idna"),
+        ("node", "npm install --no-audit --no-fund --cache /tmp/c --prefix /tmp/t is-odd", "added "),
+    ],
+)
+async def test_a_ready_made_list_is_enough_for_a_real_registry(
+    world: World, ecosystem: Ecosystem, command: str, works: str
+) -> None:
+    try:
+        socket.create_connection((HOSTS[ecosystem][0], 443), 10).close()
+    except OSError as error:
+        missing(f"the registry cannot be reached from here: {error}")
+    user = f"gil-{ecosystem}"
+    async with world.shell(user) as shell:
+        assert works not in await shell.run(command)
+        await world.allow(user, ecosystems=[ecosystem])
+        # The stand-ins' certificate is all that the sandbox trusts otherwise.
+        trust = "PIP_CERT NODE_EXTRA_CA_CERTS SSL_CERT_FILE REQUESTS_CA_BUNDLE"
+        system = " ".join(f"{name}=/etc/ssl/certs/ca-certificates.crt" for name in trust.split())
+        assert works in await shell.run(f"env {system} {command}")
 
 
 async def test_what_an_agents_settings_allow_needs_nothing_of_the_user(world: World) -> None:
