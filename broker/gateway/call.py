@@ -20,14 +20,15 @@ from broker.gateway.cache import Recorded
 from broker.gateway.caller import Caller, Endpoint
 from broker.gateway.context import Context
 from broker.gateway.direct import ask
-from broker.gateway.downstream import Downstream, Nobody
+from broker.gateway.downstream import Downstream
 from broker.gateway.fetch import Fetched
-from broker.gateway.framing import LAST_CHUNK, Body, chunk
+from broker.gateway.framing import Body
 from broker.gateway.heads import RequestHead, ResponseHead
 from broker.gateway.lookup import Lookup
 from broker.gateway.meter import Meter
+from broker.gateway.outgoing import Outgoing
 from broker.gateway.records import Cached, Outcome
-from broker.gateway.routes import Route, Spot, passed, request_head, response_head, without_framing
+from broker.gateway.routes import Route, Spot, passed, request_head, without_framing
 from broker.gateway.sent import MAX_REPLAY, RequestBody, Visit
 from broker.gateway.upstream import Upstream
 
@@ -39,8 +40,6 @@ UNKNOWN_TOKENS = 1000
 _ELSEWHERE = frozenset((429, 500, 502, 503, 504, 529))
 """Answers after which another server, key or provider is asked, where there is one."""
 _OVERLOAD = frozenset((503, 529))
-_METERED = frozenset(("", "batched"))
-"""Answers whose tokens are this call's; others cost nothing."""
 _REPEATABLE = frozenset((b"GET", b"HEAD", b"OPTIONS"))
 
 
@@ -50,10 +49,9 @@ class Call:
     is neither limited nor accounted."""
 
     __slots__ = (
-        "_began", "_body", "_caller", "_chunked", "_context", "_down", "_ended", "_endpoint", "_first",
-        "_gathering", "_head", "_lines", "_lookup", "_meter", "_plan", "_queue_s", "_responding", "_route",
-        "_routes", "_stale_retried", "_status", "_target", "_task", "_ticket", "_tried_keys", "_upstream",
-        "_visit", "_waiting",
+        "_began", "_body", "_caller", "_context", "_ended", "_endpoint", "_gathering", "_head", "_lines",
+        "_lookup", "_meter", "_out", "_plan", "_queue_s", "_route", "_routes", "_stale_retried", "_target",
+        "_task", "_ticket", "_tried_keys", "_upstream", "_visit", "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -61,7 +59,6 @@ class Call:
         caller: Caller | None = None, endpoint: Endpoint = Endpoint.OTHER,
         routes: Mapping[bytes, Route] | None = None,
     ) -> None:  # fmt: skip
-        self._down = down
         self._head = head
         self._route = route
         self._routes = routes or {}
@@ -71,11 +68,10 @@ class Call:
         self._endpoint = endpoint
         self._plan = context.plans.of(route)
         self._meter = Meter(route.kind, endpoint, target) if caller is not None else None
+        self._out = Outgoing(down, self._meter, context.clock)
         self._lines = passed(route, head, plain=endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
-        self._began = asyncio.get_running_loop().time()
+        self._began = context.clock()
         self._queue_s = 0.0
-        self._first: float | None = None
-        self._status = 0
         self._visit = Visit()
         self._tried_keys: frozenset[int] = frozenset()
         self._ticket: Ticket | None = None
@@ -84,8 +80,6 @@ class Call:
         self._upstream: Upstream | None = None
         self._body = RequestBody(chunked=head.chunked, done=not head.has_body)
         self._gathering = False
-        self._responding = False
-        self._chunked = False
         self._stale_retried = False
         self._ended = False
         self._lookup: Lookup | None = None
@@ -93,11 +87,15 @@ class Call:
     # -- the sandbox's side
 
     def start(self) -> None:
-        """Looks for an answer, or for a server."""
+        """Looks for an answer, or for a server; what is there of the body is taken before."""
+        if self._ended:
+            return
         if self._caller is not None and self._plan.gathers(self._endpoint, self._head.method, self._context.responses):
-            self._gathering = True
             if self._body.done:
                 self._gathered()
+            else:
+                self._gathering = self._body.replayable
+                self._out.down.hold(False)
         else:
             self._enter()
 
@@ -120,19 +118,22 @@ class Call:
             elif done:
                 self._gathered()
         elif self._body.size > MAX_EARLY:
-            self._down.hold(True)
+            self._out.down.hold(True)
 
     def hold_response(self, held: bool) -> None:
         """The sandbox is slow, or no longer."""
         if self._upstream is not None:
             self._upstream.hold(held)
+        elif self._lookup is not None:
+            self._lookup.hold(held)
 
     def abort(self) -> None:
         """The sandbox is gone. Where nobody else waits for the answer, the provider need not go on."""
         if self._ended:
             return
         if self._lookup is not None and self._lookup.followers and self._body.done:
-            self._down = Nobody()
+            self._out.desert()
+            self._lookup.alone(self.abort)
             self.hold_response(False)
             return
         self._ended = True
@@ -171,20 +172,12 @@ class Call:
 
     def shared_head(self, recorded: Recorded) -> None:
         """The head of an answer that is not got for this call alone."""
-        self._responding = True
-        self._status = recorded.status
-        self._chunked = recorded.length is None
-        head = ResponseHead(
-            recorded.status, recorded.reason, recorded.headers, recorded.length, False, True, None, frozenset()
-        )
-        if self._meter is not None and self._cached() in _METERED:
-            self._meter.head(head.status, head.headers)
-        self._down.touch()
-        self._down.send([response_head(head, chunked=self._chunked, close=self._down.closing_soon)])
+        self._out.recorded(recorded, metered=self._cached() == "batched")
 
     def shared_body(self, pieces: list[bytes]) -> None:
         """More of it."""
-        self._body_arrived(pieces)
+        self._out.body(pieces)
+        self._out.flush()
 
     def shared_end(self) -> None:
         """All of it was there."""
@@ -194,7 +187,7 @@ class Call:
         """The other call failed; this one is made for itself where nothing was sent yet."""
         if self._ended:
             return
-        if self._responding:
+        if self._out.begun:
             self._break(faults.broken(self._route.name, why))
         else:
             self._enter()
@@ -222,7 +215,7 @@ class Call:
         else:
             self._waiting = found
             if self._body.size > MAX_EARLY:
-                self._down.hold(True)
+                self._out.down.hold(True)
 
     def _own(self) -> str:
         """The slot's own credential as limits name it."""
@@ -233,14 +226,14 @@ class Call:
     def _granted(self, ticket: Ticket) -> None:
         self._waiting = None
         self._ticket = ticket
-        self._queue_s = asyncio.get_running_loop().time() - self._began
+        self._queue_s = self._context.clock() - self._began
         self._send()
 
     # -- sending
 
     def _send(self) -> None:
         """Asks the server that is least busy, by a kept connection at once, or by a new one."""
-        now = asyncio.get_running_loop().time()
+        now = self._context.clock()
         spot = self._visit.begin(self._plan, now)
         if spot is None:
             if not self._fall_back():
@@ -285,18 +278,18 @@ class Call:
             request_head(spot, self._head.method, self._target, credential, self._lines), *self._body.so_far(),
         ])  # fmt: skip
         upstream.request_done = self._body.done
-        if self._down.congested:
+        if self._out.down.congested:
             upstream.hold(True)
-        self._down.hold(False)
+        self._out.down.hold(False)
         if self._head.expect_continue and not anything and not self._body.done:
-            self._down.send([CONTINUE])
+            self._out.down.send([CONTINUE])
 
     # -- again, elsewhere
 
     def _again(self) -> bool:
         """Makes the call once more, where another server, key or provider may answer it."""
         policy = self._plan.policy
-        now = asyncio.get_running_loop().time()
+        now = self._context.clock()
         late = self._visit.attempts > policy.retries or now - self._began > policy.retry_within_s
         if late or not self._body.replayable:
             return False
@@ -317,7 +310,7 @@ class Call:
         self._tried_keys |= {ticket.key}
         if len(self._tried_keys) >= len(plan.keys):
             return self._fall_back()
-        self._release(None)
+        self._release(0)
         self._context.stats.retries += 1
         self._enter()
         return True
@@ -331,7 +324,7 @@ class Call:
             route = self._routes.get(name.encode())
             if plan is None or route is None or plan is self._plan:
                 continue
-            self._release(None)
+            self._release(0)
             self._plan, self._route = plan, route
             self._lines = passed(route, self._head, plain=self._endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
             self._visit, self._tried_keys = Visit(), frozenset()
@@ -343,32 +336,24 @@ class Call:
     # -- the provider's side
 
     def upstream_interim(self, head: ResponseHead) -> None:
-        self._down.touch()
-        # 100 was answered here; anything else (102, 103) is the client's to read.
-        if head.status != 100:
-            self._down.send([response_head(head, chunked=False, close=False)])
+        self._out.down.touch()
+        self._out.interim(head)
 
     def upstream_head(self, head: ResponseHead, body: Body) -> None:
-        self._down.touch()
-        self._status = head.status
+        self._out.down.touch()
         if head.status in _ELSEWHERE and self._refused(head):
             return
-        now = asyncio.get_running_loop().time()
-        self._visit.answered(self._plan, now, well=head.status not in _ELSEWHERE)
-        self._responding = True
-        self._chunked = not body.done and (head.chunked or body.ends_at_close)
-        if head.status == 204:
-            head.length, head.chunked = None, False
-        if self._meter is not None:
-            self._meter.head(head.status, head.headers)
+        well = head.status not in _ELSEWHERE
+        self._visit.answered(self._plan, self._context.clock(), well=well)
+        if well and self._ticket is not None:
+            self._ticket.answered()
         if self._lookup is not None:
             self._lookup.head(head)
-        chunked = self._chunked or (head.chunked and self._head.method == b"HEAD")
-        self._down.send([response_head(head, chunked=chunked, close=self._down.closing_soon)])
+        self._out.head(head, body, self._head.method)
 
     def _refused(self, head: ResponseHead) -> bool:
         """Obeys an answer that says "not now"; True when the call is made elsewhere instead."""
-        now = asyncio.get_running_loop().time()
+        now = self._context.clock()
         status = head.status
         ticket = self._ticket
         if ticket is not None and status == 429:
@@ -388,21 +373,13 @@ class Call:
     def upstream_body(self, pieces: list[bytes]) -> None:
         if self._lookup is not None:
             self._lookup.body(pieces)
-        self._body_arrived(pieces)
-
-    def _body_arrived(self, pieces: list[bytes]) -> None:
-        if self._first is None:
-            self._first = asyncio.get_running_loop().time()
-        if self._meter is not None and self._cached() in _METERED:
-            self._meter.body(pieces)
-        self._down.touch()
-        self._down.send(chunk(pieces) if self._chunked else pieces)
+        self._out.body(pieces)
 
     def upstream_end(self) -> None:
         if self._ended:
             return
         self._upstream = None
-        self._leave("failed" if self._status in _ELSEWHERE - {429} else "ok")
+        self._leave("failed" if self._out.status in _ELSEWHERE - {429} else "ok")
         if self._lookup is not None:
             self._lookup.end()
         self._complete()
@@ -410,18 +387,20 @@ class Call:
     def _complete(self) -> None:
         if self._ended:
             return
-        if self._chunked:
-            self._down.send([LAST_CHUNK])
+        self._out.end()
         self._ended = True
-        down = self._down
-        self._settle("ok" if self._status < 400 else "error")
+        down = self._out.down
+        self._settle("ok" if self._out.status < 400 else "error")
         down.finish(not down.closing_soon)
+
+    def upstream_flush(self) -> None:
+        self._out.flush()
 
     def upstream_lost(self, why: str) -> None:
         if self._ended:
             return
         upstream, self._upstream = self._upstream, None
-        stale = upstream is not None and not upstream.fresh and not self._responding
+        stale = upstream is not None and not upstream.fresh and not self._out.begun
         if stale and not self._stale_retried and self._may_repeat():
             # The server closed an idle connection just as it was used; that says nothing of it.
             self._stale_retried = True
@@ -430,9 +409,9 @@ class Call:
             self._send()
             return
         self._context.stats.upstream_cut += 1
-        self._context.note("upstream_lost", provider=self._route.name, why=why, responding=self._responding)
+        self._context.note("upstream_lost", provider=self._route.name, why=why, responding=self._out.begun)
         self._leave("failed")
-        if not self._responding and self._may_repeat() and self._again():
+        if not self._out.begun and self._may_repeat() and self._again():
             return
         self._break(faults.broken(self._route.name, why))
 
@@ -443,30 +422,31 @@ class Call:
         return self._body.replayable
 
     def upstream_congested(self, congested: bool) -> None:
-        self._down.touch()
-        self._down.hold(congested)
+        self._out.down.touch()
+        self._out.down.hold(congested)
 
     # -- ends
 
     def _leave(self, outcome: Literal["ok", "failed", "neutral"]) -> None:
         """The call is no longer at a server."""
-        self._visit.ended(self._plan, asyncio.get_running_loop().time(), outcome)
+        self._visit.ended(self._plan, self._context.clock(), outcome)
 
     def _release(self, tokens: int | None) -> None:
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
-            ticket.release(asyncio.get_running_loop().time(), tokens)
+            ticket.release(self._context.clock(), tokens)
 
     def _break(self, error: CortexError) -> None:
         """An answer when nothing was sent yet; else a cut, so that no half response passes for a whole one."""
         if self._ended:
             return
         self._ended = True
-        down = self._down
-        if not self._responding:
-            self._status = error.code.http_status
-        self._settle("cut" if self._responding else "error")
-        if self._responding:
+        down = self._out.down
+        if not self._out.begun:
+            self._out.status = error.code.http_status
+        self._settle("cut" if self._out.begun else "error")
+        if self._out.begun:
+            self._out.flush()
             down.cut()
         else:
             down.fail(error)
@@ -491,10 +471,10 @@ class Call:
             return
         usage = self._meter.finish()
         self._release(usage.tokens)
-        now = asyncio.get_running_loop().time()
+        now = self._context.clock()
         self._context.usage.add(record(
             self._caller, self._plan.name, self._endpoint, usage,
-            status=self._status, outcome=outcome, cached=self._cached(), duration_s=now - self._began,
-            queue_s=self._queue_s, ttft_s=None if self._first is None else self._first - self._began,
+            status=self._out.status, outcome=outcome, cached=self._cached(), duration_s=now - self._began,
+            queue_s=self._queue_s, ttft_s=None if self._out.first is None else self._out.first - self._began,
             attempts=self._visit.attempts, upstream=self._visit.last,
         ))  # fmt: skip

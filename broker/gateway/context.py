@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,8 @@ class Context:
 
     def __post_init__(self) -> None:
         self.emptied = asyncio.Event()
+        # The loop's own clock stands still while it works, and has whole milliseconds.
+        self.clock = time.monotonic
         self.usage = UsageLog(
             lambda facts: self.report(facts), lambda delay, call: asyncio.get_running_loop().call_later(delay, call)
         )
@@ -73,7 +76,7 @@ class Context:
 
     def note(self, event: str, **facts: Any) -> None:
         """Logs what a request caused, so many lines in so many seconds at most: sandboxes must not fill a disk."""
-        now = asyncio.get_running_loop().time()
+        now = self.clock()
         if now > self._noted_until:
             if self._noted > MAX_NOTES:
                 log.warning("notes_suppressed", count=self._noted - MAX_NOTES)

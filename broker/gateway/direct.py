@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from broker.errors import CortexError
 from broker.gateway import faults
@@ -21,10 +22,9 @@ async def ask(
     body: bytes, *, timeout_s: float,
 ) -> Fetched:  # fmt: skip
     """``lines``: headers that go along, without Host, credential and Content-Length. Raises ``CortexError``."""
-    loop = asyncio.get_running_loop()
     ticket = await _admitted(plan, caller, own, len(body))
     try:
-        now = loop.time()
+        now = time.monotonic()
         index = plan.balance.pick(now)
         if index is None:
             raise faults.no_server(plan.name, plan.balance.retry_at(now), now)
@@ -38,17 +38,18 @@ async def ask(
                 timeout_s=timeout_s, max_bytes=MAX_BYTES,
             )  # fmt: skip
         except CortexError:
-            plan.balance.ended(index, loop.time(), "failed", None, turn)
+            plan.balance.ended(index, time.monotonic(), "failed", None, turn)
             raise
         except asyncio.CancelledError:
-            plan.balance.ended(index, loop.time(), "neutral", None, turn)
+            plan.balance.ended(index, time.monotonic(), "neutral", None, turn)
             raise
-        plan.balance.ended(index, loop.time(), "failed" if answer.status >= 500 else "ok", loop.time() - now, turn)
+        over = time.monotonic()
+        plan.balance.ended(index, over, "failed" if answer.status >= 500 else "ok", over - now, turn)
         if answer.status == 429:
-            ticket.limited(loop.time(), faults.retry_after(answer.headers))
+            ticket.limited(time.monotonic(), faults.retry_after(answer.headers))
         return answer
     finally:
-        ticket.release(loop.time(), None)
+        ticket.release(time.monotonic(), None)
 
 
 async def _admitted(plan: Plan, caller: Caller, own: str, size: int) -> Ticket:
@@ -60,7 +61,7 @@ async def _admitted(plan: Plan, caller: Caller, own: str, size: int) -> Ticket:
 
     def granted(ticket: Ticket) -> None:
         if turn.done():
-            ticket.release(asyncio.get_running_loop().time(), 0)
+            ticket.release(time.monotonic(), 0)
         else:
             turn.set_result(ticket)
 

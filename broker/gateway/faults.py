@@ -12,6 +12,8 @@ MAX_RETRY_AFTER_S = 3600.0
 
 def unreachable(name: str, error: CortexError) -> CortexError:
     """Where a provider lives is no business of the sandbox."""
+    if error.code is Code.UPSTREAM_BUSY:
+        return CortexError(error.code, f"All connections to {name} are in use", hint=error.hint)
     return CortexError(error.code, f"{name} cannot be reached", cause=error.cause, hint=error.hint)
 
 

@@ -64,6 +64,9 @@ class _Gather:
     def upstream_lost(self, why: str) -> None:
         self._fail(why)
 
+    def upstream_flush(self) -> None:
+        """Nothing goes on."""
+
     def upstream_congested(self, congested: bool) -> None:
         """The whole request is in memory anyway."""
 

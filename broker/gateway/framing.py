@@ -89,6 +89,11 @@ class ChunkedBody:
             if self._expect is _Expect.DATA:
                 at = self._take(data, at, pieces)
                 continue
+            if self._expect is _Expect.SIZE and not self._line:
+                stop = self._whole_chunk(data, at, pieces)
+                if stop:
+                    at = stop
+                    continue
             end = data.find(b"\n", at)
             stop = size if end < 0 else end + 1
             self._line += data[at:stop]
@@ -99,6 +104,19 @@ class ChunkedBody:
                 line, self._line = self._line, b""
                 self._end_line(line)
         return pieces, at
+
+    def _whole_chunk(self, data: bytes, at: int, pieces: list[bytes]) -> int:
+        """Most streams come a chunk a read: where one that is whole and plain begins, takes it. Where it ends, or 0."""
+        line = data.find(b"\r\n", at, at + MAX_SIZE_DIGITS)
+        digits = data[at:line]
+        if line < 0 or not digits or not _HEX.issuperset(digits):
+            return 0
+        start, size = line + 2, int(digits, 16)
+        end = start + size
+        if not size or data[end : end + 2] != b"\r\n":
+            return 0
+        pieces.append(data[start:end])
+        return end + 2
 
     def _take(self, data: bytes, at: int, pieces: list[bytes]) -> int:
         stop = min(len(data), at + self._left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from broker.gateway import cache
 from broker.gateway.batch import Member, Send
 from broker.gateway.cache import Recorded
 from broker.gateway.caller import Endpoint
@@ -48,8 +49,9 @@ class Lookup:
         """Gives ``audience`` the answer now or later, or calls ``ask``. An answer that is lost on its way is
         told as ``shared_lost``; the call is then made by itself. ``send``: makes the call with other bodies."""
         plan, responses = self._plan, self._context.responses
-        if plan.batcher is not None and self._endpoint is Endpoint.EMBED:
-            self._joined = plan.batcher.add(body, audience, (self._scope, target), send)
+        said = cache.said(head.headers) if plan.batcher is not None and self._endpoint is Endpoint.EMBED else None
+        if plan.batcher is not None and said is not None:
+            self._joined = plan.batcher.add(body, audience, (self._scope, target, *said), send)
             if self._joined is not None:
                 self.cached = "batched"
                 return
@@ -94,6 +96,16 @@ class Lookup:
         if found.pieces:
             audience.shared_body(found.pieces)
         audience.shared_end()
+
+    def hold(self, held: bool) -> None:
+        """The sandbox that gets what another asked for is slow, or no longer."""
+        if isinstance(self._joined, Joined):
+            self._joined.hold(held)
+
+    def alone(self, deserted: Callable[[], None]) -> None:
+        """The sandbox that asked is gone: ``deserted`` is called when nobody else waits any more either."""
+        if self._flight is not None:
+            self._flight.deserted = deserted
 
     # -- the answer of the call itself
 

@@ -8,10 +8,11 @@ provider) and then ``policies`` (they are taken up), ``put`` (with two listening
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from broker.gateway.policy import Kind
 
@@ -137,7 +138,7 @@ def entry_from_wire(message: Mapping[str, Any]) -> SlotEntry:
 
 def pack(message: Mapping[str, Any]) -> bytes:
     """One packet. Raises ``MessageError`` over ``MAX_PACKET``."""
-    packet = json.dumps(message, separators=(",", ":")).encode()
+    packet = msgspec.json.encode(message)
     if len(packet) > MAX_PACKET:
         raise MessageError(f"a packet of {len(packet)} bytes is over the limit of {MAX_PACKET}")
     return packet
@@ -146,7 +147,7 @@ def pack(message: Mapping[str, Any]) -> bytes:
 def unpack(packet: bytes) -> dict[str, Any]:
     """The object in a packet. Raises ``MessageError``."""
     try:
-        message = json.loads(packet)
+        message = msgspec.json.decode(packet)
     except (ValueError, RecursionError) as error:
         raise MessageError("not JSON") from error
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):

@@ -6,6 +6,7 @@ A plan lives as long as its policy stays the same, so that a change to one provi
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ class Plan:
         self.spots = spots
         self.keys = tuple(credential_line(name, policy.kind, key) for key in policy.keys)
         self.balance = Balance(len(spots), policy.max_fails, policy.fail_timeout_s)
-        self.admission = Admission(name, policy.limits, len(self.keys), loop.call_at, loop.time)
+        self.admission = Admission(name, policy.limits, len(self.keys), loop.call_at, time.monotonic)
         self.flights = Flights() if policy.coalesce else None
         self.batcher = Batcher(policy, None, tasks) if policy.batch_s else None
         self._workers: list[Probes | Preload] = []
@@ -65,13 +66,13 @@ class Plan:
                 max_connections=policy.max_connections,
             )
         places = [(spot.origin, spot.base_path) for spot in self.spots]
+        key = self.keys[0] if self.keys else b""
         if policy.health_path:
-            key = self.keys[0] if self.keys else b""
             self._workers.append(
                 Probes(self.balance, places, policy.health_path, policy.health_interval_s, pool, tasks, key)
             )
         if policy.preload:
-            self._workers.append(Preload(places, policy.preload, policy.preload_keep_alive, pool, tasks))
+            self._workers.append(Preload(places, policy.preload, policy.preload_keep_alive, pool, tasks, key))
         for worker in self._workers:
             worker.start()
 
@@ -151,4 +152,4 @@ class Plans:
 
 
 def _spots(name: str, policy: Policy) -> tuple[Spot, ...]:
-    return tuple(compile_spot(name, url, policy.ca, pooled=policy.keep_alive) for url in policy.upstreams)
+    return tuple(compile_spot(name, url, policy.ca) for url in policy.upstreams)

@@ -129,8 +129,12 @@ class Connection(asyncio.Protocol):
                 if at < len(data):
                     self._tunnel.from_sandbox(data[at:])
                 return
+            call = self._call
             if self._body is not None and at < len(data):
                 at = len(data) - len(self._take_body(self._body, data[at:]))
+            # Head and what is there of the body go on in one write.
+            if call is not None:
+                call.start()
         self._buffer = data[at:]
         if (self.busy or self.congested) and len(self._buffer) > MAX_PIPELINED:
             self.hold(True)
@@ -157,7 +161,6 @@ class Connection(asyncio.Protocol):
         else:
             self._flow = way.flow
             self._call = _call(self, head, way, context)
-            self._call.start()
 
     def _take_body(self, body: Body, data: bytes) -> bytes:
         """Passes on what belongs to the request's body; gives back what lies behind it."""

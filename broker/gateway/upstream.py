@@ -34,6 +34,9 @@ class Sink(Protocol):
     def upstream_lost(self, why: str) -> None:
         """The connection broke, or the response is malformed; nothing comes after it."""
 
+    def upstream_flush(self) -> None:
+        """All that one read brought has been told: what goes on can go on at once."""
+
     def upstream_congested(self, congested: bool) -> None:
         """More is buffered towards the provider than it takes."""
 
@@ -129,7 +132,8 @@ class Upstream(asyncio.Protocol):
             self._sink.upstream_congested(False)
 
     def data_received(self, data: bytes) -> None:
-        if self._sink is None:
+        sink = self._sink
+        if sink is None:
             self.abort()
             return
         if self._held and self._transport is not None:
@@ -143,6 +147,7 @@ class Upstream(asyncio.Protocol):
         except CortexError as error:
             self._fail(error.what)
             self.abort()
+        sink.upstream_flush()
 
     # -- parsing
 

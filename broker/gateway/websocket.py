@@ -7,7 +7,6 @@ there. A socket that is over one is ended: the sandbox has to shake hands anew, 
 
 from __future__ import annotations
 
-import asyncio
 from typing import Literal
 
 from broker.errors import CortexError
@@ -51,7 +50,7 @@ class WebSocketCall:
         self._early_size = 0
         self._held = False
         self._over = False
-        self._began = self._asked_at = asyncio.get_running_loop().time()
+        self._began = self._asked_at = self._context.clock()
 
     # -- the sandbox's side
 
@@ -69,7 +68,7 @@ class WebSocketCall:
 
     def from_sandbox(self, data: bytes) -> None:
         if self._upgrade is not None:
-            self._asked_at = asyncio.get_running_loop().time()
+            self._asked_at = self._context.clock()
             self._upgrade.from_sandbox(data)
             return
         self._early.append(data)
@@ -112,7 +111,7 @@ class WebSocketCall:
         self._waiting = None
         self._ticket = ticket
         plan, context = self._plan, self._context
-        now = asyncio.get_running_loop().time()
+        now = self._context.clock()
         index = plan.balance.pick(now)
         if index is None:
             self._refused(faults.no_server(self._route.name, plan.balance.retry_at(now), now))
@@ -148,7 +147,7 @@ class WebSocketCall:
         """A message of the provider: one that ends an answer says what it used."""
         usage = frame_usage(text)
         if usage is not None:
-            now = asyncio.get_running_loop().time()
+            now = self._context.clock()
             self._context.usage.add(
                 record(
                     self._caller, self._plan.name, Endpoint.GENERATE, usage, status=101, outcome="ok",
@@ -162,7 +161,7 @@ class WebSocketCall:
 
         def count(ticket: Ticket) -> None:
             self._charging = None
-            ticket.release(asyncio.get_running_loop().time(), tokens)
+            ticket.release(self._context.clock(), tokens)
 
         if self._charging is not None:
             self._cut()
@@ -185,17 +184,17 @@ class WebSocketCall:
     def _ended(self, status: int | None) -> None:
         """The socket is over; ``status``: what the provider said to the handshake, 0: nothing, None: not waited for."""
         if status == 429 and self._ticket is not None:
-            self._ticket.limited(asyncio.get_running_loop().time(), None)
+            self._ticket.limited(self._context.clock(), None)
         self._let_go("ok" if status == 101 else "failed" if status in (0, 500, 502, 503) else "neutral")
 
     def _let_go(self, outcome: Literal["ok", "failed", "neutral"]) -> None:
         self._release(None)
         index, self._index = self._index, -1
         if index >= 0:
-            now = asyncio.get_running_loop().time()
+            now = self._context.clock()
             self._plan.balance.ended(index, now, outcome, None, self._turn)
 
     def _release(self, tokens: int | None) -> None:
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
-            ticket.release(asyncio.get_running_loop().time(), tokens)
+            ticket.release(self._context.clock(), tokens)

@@ -80,6 +80,7 @@ class Ended:
     def upstream_lost(self, why: str) -> None:
         self.over.set()
 
+    def upstream_flush(self) -> None: ...
     def upstream_congested(self, congested: bool) -> None: ...
 
 
