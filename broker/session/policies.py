@@ -56,7 +56,9 @@ class Policies:
         gateway = self._config().gateway
         policies = {name: await self._policy(name, provider) for name, provider in gateway.providers.items()}
         cache = gateway.cache
-        password = await self._secret("the response cache", cache.redis_password_file)
+        password = await self._secret(
+            "the response cache", "gateway.cache.redis_password_file", cache.redis_password_file
+        )
         store = CacheStore(
             backend=cache.backend, max_bytes=cache.max_bytes, redis_url=cache.redis_url,
             redis_password=password, redis_timeout_s=cache.redis_timeout_s,
@@ -66,7 +68,8 @@ class Policies:
             self._gateway.set_policies(policies, store)
 
     async def _policy(self, name: str, provider: ProviderConfig) -> Policy:
-        keys = [await self._secret(f"provider {name}", path) for path in provider.credential_files]
+        setting = f"gateway.providers.{name}.credential_files"
+        keys = [await self._secret(f"provider {name}", setting, path) for path in provider.credential_files]
         ca = ""
         if provider.ca_file:
             try:
@@ -75,14 +78,14 @@ class Policies:
                 log.error("ca_file_unreadable", provider=name, error=str(error))
         return policy_of(provider, tuple(key for key in keys if key), ca)
 
-    async def _secret(self, whose: str, path: str) -> str:
+    async def _secret(self, whose: str, setting: str, path: str) -> str:
         """ "" where it cannot be read: the others still serve."""
         if not path:
             return ""
         try:
-            return await asyncio.to_thread(self._secrets.load, whose, Path(path))
+            return await asyncio.to_thread(self._secrets.load, whose, setting, Path(path))
         except CortexError as error:
-            log.error("key_file_unreadable", path=path, error=str(error))
+            log.error("key_file_unreadable", setting=setting, error=str(error))
             return ""
 
 

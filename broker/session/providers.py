@@ -57,8 +57,8 @@ class SecretFiles:
     def __init__(self) -> None:
         self._read: dict[str, tuple[tuple[int, int], str]] = {}
 
-    def load(self, whose: str, path: Path) -> str:
-        """The text of ``path``, for ``whose`` calls. Raises ``BAD_CONFIG``."""
+    def load(self, whose: str, setting: str, path: Path) -> str:
+        """The text of ``path``, as ``setting`` has it. Raises ``BAD_CONFIG``."""
         try:
             info = path.stat()
             stamp = (info.st_mtime_ns, info.st_ino)
@@ -71,7 +71,7 @@ class SecretFiles:
                 Code.BAD_CONFIG,
                 f"the credential of {whose} cannot be read",
                 cause=error if isinstance(error, OSError) else "it is not text",
-                hint=f"put it into {path}, readable by the broker only",
+                hint=f"put it into the file that {setting} names, readable by the broker only",
             ) from error
         self._read[str(path)] = (stamp, value)
         return value
@@ -87,7 +87,8 @@ class FileCredentials:
         if not provider.credential_file:
             return Credential()
         path = Path(provider.credential_file)
-        return Credential(await asyncio.to_thread(self._secrets.load, f"provider {name}", path))
+        setting = f"gateway.providers.{name}.credential_file"
+        return Credential(await asyncio.to_thread(self._secrets.load, f"provider {name}", setting, path))
 
     async def files(self, user: str, agent_name: str, agent: AgentConfig) -> list[dict[str, Any]]:
         return []

@@ -34,8 +34,8 @@ async def test_every_configured_provider_is_told_with_its_credential(tmp_path: P
     ca.write_text("PEM")
     tree = config(providers={"a": entry(credential_file=str(key), ca_file=str(ca)), "b": entry(kind="ollama")})
     assert await table(tree) == {
-        "a": Provider("anthropic", "https://api.example", "sk-1", "PEM"),
-        "b": Provider("ollama", "https://api.example"),
+        "a": Provider("anthropic", "https://api.example", "sk-1", "PEM", policy="a"),
+        "b": Provider("ollama", "https://api.example", policy="b"),
     }
 
 
@@ -43,12 +43,14 @@ async def test_one_provider_stands_in_for_another(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("eu")
     tree = config(providers={"a": entry(), "eu": entry(base_url="https://eu.example", credential_file=str(key))})
-    assert (await table(tree, {"a": {"use": "eu"}}))["a"] == Provider("anthropic", "https://eu.example", "eu")
+    assert (await table(tree, {"a": {"use": "eu"}}))["a"] == Provider(
+        "anthropic", "https://eu.example", "eu", policy="eu"
+    )
 
 
 async def test_a_stand_in_that_is_not_configured_changes_nothing() -> None:
     assert (await table(config(providers={"a": entry()}), {"a": {"use": "gone"}, "z": {}})) == {
-        "a": Provider("anthropic", "https://api.example")
+        "a": Provider("anthropic", "https://api.example", policy="a")
     }
 
 
