@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -270,7 +271,7 @@ class Pool:
         while lane.idle and found is None:
             upstream = lane.idle.pop()
             self._stats.idle_upstreams -= 1
-            if upstream.alive and upstream.idle_until > asyncio.get_running_loop().time():
+            if upstream.alive and upstream.idle_until > time.monotonic():
                 self._stats.upstream_reused += 1
                 found = upstream
             else:
@@ -286,7 +287,7 @@ class Pool:
         if not lane.take():
             if (idle := self.take(origin)) is not None:
                 return idle
-            deadline = asyncio.get_running_loop().time() + (self._dialer.timeout_s if wait_s is None else wait_s)
+            deadline = time.monotonic() + (self._dialer.timeout_s if wait_s is None else wait_s)
             self._stats.upstream_waited += 1
             while (given := await self._wait(lane, origin, deadline)) is not None:
                 if given.alive:
@@ -298,7 +299,7 @@ class Pool:
 
     async def _wait(self, lane: _Lane, origin: Origin, deadline: float) -> Upstream | None:
         try:
-            return await lane.wait(deadline - asyncio.get_running_loop().time())
+            return await lane.wait(deadline - time.monotonic())
         except TimeoutError as error:
             raise CortexError(
                 Code.UPSTREAM_BUSY,
@@ -335,7 +336,7 @@ class Pool:
         if keep_s <= 0 or not lane.keep_alive or len(lane.idle) >= lane.max_idle or lane.taken > lane.most > 0:
             upstream.abort()
         elif not lane.hand(upstream):
-            upstream.idle_until = asyncio.get_running_loop().time() + keep_s
+            upstream.idle_until = time.monotonic() + keep_s
             lane.idle.append(upstream)
             self._stats.idle_upstreams += 1
 
