@@ -106,12 +106,18 @@ class GatewayChild:
             self.link.nobody_serves()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._command(), env=self._env(), stdin=subprocess.DEVNULL, start_new_session=True)
+
+    @staticmethod
+    def _env() -> dict[str, str]:
         env = {name: os.environ[name] for name in _ENV if name in os.environ}
-        env["PYTHONPATH"] = str(Path(broker.__file__).parents[1])
+        return {**env, "PYTHONPATH": str(Path(broker.__file__).parents[1])}
+
+    def _command(self) -> list[str]:
         level, style = self._logs
         command = [sys.executable, "-P", "-m", "broker.gateway", "--link", str(self.link.path)]
         command += ["--lock", str(self._lock), "--alone", f"{ALONE_S:g}", "--log-level", level, "--log-format", style]
-        return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+        return command
 
     async def _until_dead(self, pid: int, pidfd: int) -> None:
         """Waits for the end of a process, ours or not, and closes ``pidfd``; ``stop`` meanwhile signals it."""

@@ -138,9 +138,9 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(**settings: Any) -> AsyncIterator[Rig]:
+async def rig(make: type[Rig] = Rig, **settings: Any) -> AsyncIterator[Rig]:
     directory = Path(tempfile.mkdtemp(prefix="gw"))
-    made = Rig(directory, GatewayConfig(**settings))
+    made = make(directory, GatewayConfig(**settings))
     try:
         await made.start()
         yield made
