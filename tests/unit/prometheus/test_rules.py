@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import Metric
 
-from broker.config import Config, PoolAgentConfig
+from broker.config import Config, PoolAgentConfig, ProviderConfig
 from broker.metrics import REGISTRY
 from broker.settings import dotted, leaves
 from tests.host import missing
@@ -20,6 +20,7 @@ RULES = ROOT / "prometheus" / "cortex-rules.yml"
 CASES = Path(__file__).with_name("alerts.yml")
 TEXT = "\n".join(line for line in RULES.read_text().splitlines() if not line.startswith("#"))
 ALERTS = dict(re.findall(r"- alert: (\w+)\n(.*?)(?=\n      - alert|\n  - name|\Z)", TEXT, re.S))
+METRIC = r"\b(?:cortex|gen_ai_client|gen_ai_server)_\w+"
 FROM_PROMETHEUS = {"job", "instance"}
 
 
@@ -52,16 +53,16 @@ def declared() -> dict[str, Metric]:
 @pytest.mark.parametrize("alert", sorted(ALERTS))
 def test_its_metrics_exist(alert: str) -> None:
     expression = ALERTS[alert].partition("annotations:")[0]
-    names = set(re.findall(r"\bcortex_\w+", expression))
+    names = set(re.findall(METRIC, expression))
     assert names
-    assert names <= set(declared())
+    assert {name.removesuffix("_count") for name in names} <= set(declared())
 
 
 @pytest.mark.parametrize("alert", sorted(ALERTS))
 def test_its_labels_exist(alert: str) -> None:
     expression = ALERTS[alert].partition("annotations:")[0]
     known: set[str] = set(FROM_PROMETHEUS)
-    for name in re.findall(r"\bcortex_\w+", expression):
+    for name in re.findall(METRIC, expression):
         collector = REGISTRY._names_to_collectors[name]
         labels = set(getattr(collector, "_labelnames", ()))
         known |= labels
@@ -86,8 +87,9 @@ def test_the_settings_that_they_name_exist() -> None:
     keys = {dotted(key) for key, _ in leaves(Config())} | {
         f"pool.agents.NAME.{name}" for name in PoolAgentConfig.model_fields
     }
+    keys |= {f"gateway.providers.NAME.{name}" for name in ProviderConfig.model_fields}
     keys |= {key.rpartition(".")[0] for key in keys}
-    named = set(re.findall(r"\bpool(?:\.\w+)+", TEXT))
+    named = set(re.findall(r"\b(?:pool|gateway)(?:\.\w+)+", TEXT))
     assert named
     assert named <= keys
 
