@@ -28,7 +28,7 @@ from broker.gateway.lookup import Lookup
 from broker.gateway.meter import Meter
 from broker.gateway.outgoing import Outgoing
 from broker.gateway.records import Cached, Outcome
-from broker.gateway.routes import Route, Spot, passed, request_head, without_framing
+from broker.gateway.routes import Route, Spot, passed, request_head, without_framing, without_keys
 from broker.gateway.sent import MAX_REPLAY, RequestBody, Visit
 from broker.gateway.upstream import Upstream
 
@@ -49,9 +49,9 @@ class Call:
     is neither limited nor accounted."""
 
     __slots__ = (
-        "_began", "_body", "_caller", "_context", "_ended", "_endpoint", "_gathering", "_head", "_lines",
-        "_lookup", "_meter", "_out", "_plan", "_queue_s", "_route", "_routes", "_stale_retried", "_target",
-        "_task", "_ticket", "_tried_keys", "_upstream", "_visit", "_waiting",
+        "_asked", "_began", "_body", "_caller", "_context", "_ended", "_endpoint", "_entered", "_gathering", "_head",
+        "_lines", "_lookup", "_meter", "_out", "_plan", "_queue_s", "_route", "_routes", "_stale_retried",
+        "_stand_ins", "_target", "_task", "_ticket", "_tried_keys", "_upstream", "_visit", "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -70,10 +70,12 @@ class Call:
         self._meter = Meter(route.kind, endpoint, target) if caller is not None else None
         self._out = Outgoing(down, self._meter, context.clock)
         self._lines = passed(route, head, plain=endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
-        self._began = context.clock()
+        self._began = self._entered = context.clock()
         self._queue_s = 0.0
         self._visit = Visit()
         self._tried_keys: frozenset[int] = frozenset()
+        self._asked = {self._plan.name}
+        self._stand_ins: tuple[str, ...] = ()
         self._ticket: Ticket | None = None
         self._waiting: Waiting | None = None
         self._task: asyncio.Task[None] | None = None
@@ -96,6 +98,7 @@ class Call:
             else:
                 self._gathering = self._body.replayable
                 self._out.down.hold(False)
+                self._welcome()
         else:
             self._enter()
 
@@ -142,10 +145,13 @@ class Call:
 
     def time_out(self) -> None:
         """Nothing has moved for too long."""
+        waited = self._upstream is not None and self._body.done and not self._out.down.congested
+        self._leave("failed" if waited else "neutral")
         self._break(faults.silent(self._route.name))
 
     def spoil(self, error: CortexError) -> None:
         """The request's body is malformed."""
+        self._leave("neutral")
         self._break(error)
 
     # -- an answer that is there already, or about to be
@@ -160,7 +166,7 @@ class Call:
         """This call with another body, for many."""
         assert self._caller is not None
         return await ask(
-            self._plan, self._route, self._caller, self._own(), self._context.pool, self._head.method, self._target,
+            self._plan, self._route, self._caller, self._context.pool, self._head.method, self._target,
             without_framing(self._lines), body, timeout_s=self._context.settings.idle_timeout_s,
         )  # fmt: skip
 
@@ -189,8 +195,10 @@ class Call:
             return
         if self._out.begun:
             self._break(faults.broken(self._route.name, why))
-        else:
-            self._enter()
+            return
+        if self._lookup is not None:
+            self._lookup.lost()
+        self._enter()
 
     def _cached(self) -> Cached:
         return self._lookup.cached if self._lookup is not None else ""
@@ -203,9 +211,10 @@ class Call:
         if self._caller is None:
             self._send()
             return
+        self._entered = self._context.clock()
         try:
             found = self._plan.admission.enter(
-                self._caller, self._own(), tokens, self._granted, self._break, self._tried_keys
+                self._caller, self._route.payer(self._caller.user), tokens, self._granted, self._break, self._tried_keys
             )
         except CortexError as error:
             self._break(error)
@@ -217,21 +226,15 @@ class Call:
             if self._body.size > MAX_EARLY:
                 self._out.down.hold(True)
 
-    def _own(self) -> str:
-        """The slot's own credential as limits name it."""
-        if self._route.own_keys and self._caller is not None:
-            return f"user:{self._caller.user}"
-        return self._route.own
-
     def _granted(self, ticket: Ticket) -> None:
         self._waiting = None
         self._ticket = ticket
-        self._queue_s = self._context.clock() - self._began
+        self._queue_s += self._context.clock() - self._entered
         self._send()
 
     # -- sending
 
-    def _send(self) -> None:
+    def _send(self, *, anew: bool = False) -> None:
         """Asks the server that is least busy, by a kept connection at once, or by a new one."""
         now = self._context.clock()
         spot = self._visit.begin(self._plan, now)
@@ -239,7 +242,7 @@ class Call:
             if not self._fall_back():
                 self._break(faults.no_server(self._route.name, self._plan.balance.retry_at(now), now))
             return
-        upstream = self._context.pool.take(spot.origin)
+        upstream = None if anew else self._context.pool.take(spot.origin)
         if upstream is not None:
             self._attach(upstream, spot)
         else:
@@ -264,49 +267,53 @@ class Call:
         else:
             self._attach(upstream, spot)
 
-    def _credential_line(self, key: int) -> bytes:
-        if self._route.credential or key < 0:
-            return self._route.credential
-        return self._plan.keys[key]
-
     def _attach(self, upstream: Upstream, spot: Spot) -> None:
         self._upstream = upstream
         upstream.begin(self, self._head.method)
-        credential = self._credential_line(self._ticket.key if self._ticket is not None else -1)
-        anything = self._body.size > 0
+        credential = self._plan.credential(self._route, self._ticket.key if self._ticket is not None else -1)
+        self._welcome()
+        # Before something is written: the server may take no more of it.
+        self._out.down.hold(False)
         upstream.write([
             request_head(spot, self._head.method, self._target, credential, self._lines), *self._body.so_far(),
         ])  # fmt: skip
         upstream.request_done = self._body.done
         if self._out.down.congested:
             upstream.hold(True)
-        self._out.down.hold(False)
-        if self._head.expect_continue and not anything and not self._body.done:
+
+    def _welcome(self) -> None:
+        """Asks for the body, where the sandbox waits to be asked; once."""
+        if self._head.expect_continue and not self._body.size and not self._body.done:
+            self._head.expect_continue = False
             self._out.down.send([CONTINUE])
 
     # -- again, elsewhere
 
     def _again(self) -> bool:
         """Makes the call once more, where another server, key or provider may answer it."""
-        policy = self._plan.policy
-        now = self._context.clock()
-        late = self._visit.attempts > policy.retries or now - self._began > policy.retry_within_s
-        if late or not self._body.replayable:
+        if self._late():
             return False
-        if not self._visit.others(self._plan, now):
+        if self._visit.attempts > self._plan.policy.retries or not self._visit.others(
+            self._plan, self._context.clock()
+        ):
             return self._fall_back()
         self._context.stats.retries += 1
         self._send()
         return True
 
+    def _late(self) -> bool:
+        """It can no longer be sent again. Time in the queue is limited by itself."""
+        asking_s = self._context.clock() - self._began - self._queue_s
+        return not self._body.replayable or asking_s > self._plan.policy.retry_within_s
+
     def _again_with_another_key(self) -> bool:
         """After a 429: the key rests, another one may not."""
         ticket = self._ticket
         plan = self._plan
-        if ticket is None or ticket.key < 0:
-            return self._fall_back()
-        if not self._body.replayable or self._visit.attempts > plan.policy.retries:
+        if self._late():
             return False
+        if ticket is None or ticket.key < 0 or self._visit.attempts > plan.policy.retries:
+            return self._fall_back()
         self._tried_keys |= {ticket.key}
         if len(self._tried_keys) >= len(plan.keys):
             return self._fall_back()
@@ -316,18 +323,28 @@ class Call:
         return True
 
     def _fall_back(self) -> bool:
-        """Goes to the next provider that stands in for this one."""
-        if not self._body.replayable or self._caller is None:
+        """Goes to the next provider that stands in for this one; to each once, and never with what the sandbox's
+        CLI has for another."""
+        if self._late() or self._caller is None:
             return False
-        for name in self._plan.policy.fallback:
+        self._stand_ins = (*self._plan.policy.fallback, *self._stand_ins)
+        while self._stand_ins:
+            name, *rest = self._stand_ins
+            self._stand_ins = tuple(rest)
             plan = self._context.plans.named(name)
             route = self._routes.get(name.encode())
-            if plan is None or route is None or plan is self._plan:
+            if plan is None or route is None or name in self._asked or route.own_keys:
                 continue
             self._release(0)
+            self._asked.add(name)
+            if self._route.own_keys:
+                self._target = without_keys(self._target)
+            scope = self._scope()
             self._plan, self._route = plan, route
+            if self._lookup is not None:
+                self._lookup.elsewhere(shared=self._scope() == scope)
             self._lines = passed(route, self._head, plain=self._endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
-            self._visit, self._tried_keys = Visit(), frozenset()
+            self._visit, self._tried_keys = Visit(self._visit.total), frozenset()
             self._context.stats.fallbacks += 1
             self._enter()
             return True
@@ -387,8 +404,8 @@ class Call:
     def _complete(self) -> None:
         if self._ended:
             return
-        self._out.end()
         self._ended = True
+        self._out.end()
         down = self._out.down
         self._settle("ok" if self._out.status < 400 else "error")
         down.finish(not down.closing_soon)
@@ -405,8 +422,8 @@ class Call:
             # The server closed an idle connection just as it was used; that says nothing of it.
             self._stale_retried = True
             self._leave("neutral")
-            self._visit.attempts -= 1
-            self._send()
+            self._visit.uncounted()
+            self._send(anew=True)
             return
         self._context.stats.upstream_cut += 1
         self._context.note("upstream_lost", provider=self._route.name, why=why, responding=self._out.begun)
@@ -445,8 +462,8 @@ class Call:
         if not self._out.begun:
             self._out.status = error.code.http_status
         self._settle("cut" if self._out.begun else "error")
+        self._out.flush()
         if self._out.begun:
-            self._out.flush()
             down.cut()
         else:
             down.fail(error)
@@ -461,10 +478,11 @@ class Call:
         if upstream is not None:
             upstream.abort()
         self._leave("failed" if outcome == "cut" else "neutral")
+        self._body.drop()
+        # Those who follow ask for themselves now, and find this one's place free.
+        self._account(outcome)
         if self._lookup is not None:
             self._lookup.drop()
-        self._body.drop()
-        self._account(outcome)
 
     def _account(self, outcome: Outcome) -> None:
         if self._meter is None or self._caller is None:
@@ -476,5 +494,5 @@ class Call:
             self._caller, self._plan.name, self._endpoint, usage,
             status=self._out.status, outcome=outcome, cached=self._cached(), duration_s=now - self._began,
             queue_s=self._queue_s, ttft_s=None if self._out.first is None else self._out.first - self._began,
-            attempts=self._visit.attempts, upstream=self._visit.last,
+            attempts=self._visit.total, upstream=self._visit.last,
         ))  # fmt: skip

@@ -18,11 +18,11 @@ MAX_BYTES = 32 * 2**20
 
 
 async def ask(
-    plan: Plan, route: Route, caller: Caller, own: str, pool: Pool, method: bytes, target: bytes, lines: bytes,
+    plan: Plan, route: Route, caller: Caller, pool: Pool, method: bytes, target: bytes, lines: bytes,
     body: bytes, *, timeout_s: float,
 ) -> Fetched:  # fmt: skip
     """``lines``: headers that go along, without Host, credential and Content-Length. Raises ``CortexError``."""
-    ticket = await _admitted(plan, caller, own, len(body))
+    ticket = await _admitted(plan, caller, route.payer(caller.user), len(body))
     try:
         now = time.monotonic()
         index = plan.balance.pick(now)
@@ -30,8 +30,7 @@ async def ask(
             raise faults.no_server(plan.name, plan.balance.retry_at(now), now)
         turn = plan.balance.begun(index, now)
         spot = plan.spots[index]
-        credential = plan.keys[ticket.key] if ticket.key >= 0 and not route.credential else route.credential
-        headers = spot.host_line + credential + lines
+        headers = spot.host_line + plan.credential(route, ticket.key) + lines
         try:
             answer = await fetch(
                 pool, spot.origin, method, spot.base_path + target, headers, body,

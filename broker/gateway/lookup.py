@@ -59,7 +59,7 @@ class Lookup:
         told = (plan.name, self._scope, *asked, target, head.headers, body)
         key = responses.key(rule, *told) if responses.wants(rule, *asked) else None
         if key is None:
-            self._share(responses.key(_EQUAL, *told), None, audience, ask)
+            self._share(responses.key(_EQUAL, *told) if plan.flights is not None else None, None, audience, ask)
             return
         found = responses.hit(key)
         if found is not None:
@@ -101,6 +101,20 @@ class Lookup:
         """The sandbox that gets what another asked for is slow, or no longer."""
         if isinstance(self._joined, Joined):
             self._joined.hold(held)
+
+    def lost(self) -> None:
+        """Nothing is shared with the call any more; it asks for itself."""
+        self.cached = ""
+        self._joined = None
+
+    def elsewhere(self, *, shared: bool) -> None:
+        """Another provider answers: not kept as this one's, and only ``shared`` where the same credential pays."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.spoil()
+        if not shared and self._flight is not None:
+            flight, self._flight = self._flight, None
+            flight.lost("another credential pays")
 
     def alone(self, deserted: Callable[[], None]) -> None:
         """The sandbox that asked is gone: ``deserted`` is called when nobody else waits any more either."""

@@ -47,6 +47,10 @@ class Plan:
         self.batcher = Batcher(policy, None, tasks) if policy.batch_s else None
         self._workers: list[Probes | Preload] = []
 
+    def credential(self, route: Route, key: int) -> bytes:
+        """The line that authenticates a call; ``key``: of its ticket."""
+        return route.credential if route.credential or key < 0 else self.keys[key]
+
     def gathers(self, endpoint: Endpoint, method: bytes, responses: Responses) -> bool:
         """The whole request has to be there before it is decided how it is answered."""
         if self.policy.cache.enabled and responses.wants(self.policy.cache, endpoint, method):

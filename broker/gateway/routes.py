@@ -94,6 +94,10 @@ class Route:
     joins: Mapping[bytes, bytes] = field(default_factory=dict)
     own_keys: bool = False
 
+    def payer(self, user: str) -> str:
+        """The slot's own credential as limits name it, "": it has none."""
+        return f"user:{user}" if self.own_keys else self.own
+
 
 def compile_routes(providers: Mapping[str, Provider]) -> dict[bytes, Route]:
     """Routes by name. Raises ``CortexError`` (``BAD_CONFIG``) that names the provider, never the credential."""
@@ -200,6 +204,13 @@ def strip_keys(query: bytes) -> bytes:
     parts = query.split(b"&")
     kept = [part for part in parts if unquote_to_bytes(part.partition(b"=")[0]).lower() not in _KEY_PARAMETERS]
     return query if len(kept) == len(parts) else b"&".join(kept)
+
+
+def without_keys(target: bytes) -> bytes:
+    """``target`` without credentials in its query."""
+    path, question, query = target.partition(b"?")
+    query = strip_keys(query)
+    return path + question + query if query else path
 
 
 def proxy_route(target: bytes, *, private: bool) -> tuple[Route, bytes] | None:

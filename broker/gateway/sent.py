@@ -59,12 +59,14 @@ class RequestBody:
 
 
 class Visit:
-    """A server that a call is at, and those where it was. ``last``: which it was at last, -1 for none."""
+    """A server that a call is at, and those where it was. ``last``: which it was at last, -1 for none; ``total``:
+    attempts with those at other providers before."""
 
-    __slots__ = ("_at", "_sent_at", "_turn", "attempts", "head_s", "last", "tried")
+    __slots__ = ("_at", "_sent_at", "_turn", "attempts", "head_s", "last", "total", "tried")
 
-    def __init__(self) -> None:
+    def __init__(self, total: int = 0) -> None:
         self.attempts = 0
+        self.total = total
         self.last = -1
         self.tried: set[int] = set()
         self.head_s: float | None = None
@@ -82,7 +84,13 @@ class Visit:
         self._sent_at = now
         self.head_s = None
         self.attempts += 1
+        self.total += 1
         return plan.spots[index]
+
+    def uncounted(self) -> None:
+        """The last attempt said nothing of the server."""
+        self.attempts -= 1
+        self.total -= 1
 
     def others(self, plan: Plan, now: float) -> bool:
         """Whether a server may be asked that was not yet."""

@@ -39,7 +39,7 @@ class WebSocketCall:
         self._target = way.target
         self._context = context
         self._plan = context.plans.of(way.route)
-        self._own = f"user:{way.caller.user}" if way.route.own_keys else way.route.own
+        self._own = way.route.payer(way.caller.user)
         self._waiting: Waiting | None = None
         self._charging: Waiting | None = None
         self._ticket: Ticket | None = None
@@ -117,7 +117,7 @@ class WebSocketCall:
             self._refused(faults.no_server(self._route.name, plan.balance.retry_at(now), now))
             return
         spot = plan.spots[index]
-        key = plan.keys[ticket.key] if ticket.key >= 0 and not self._route.credential else self._route.credential
+        key = plan.credential(self._route, ticket.key)
         lines = passed(self._route, self._head)
         try:
             head = upgrade_head(
