@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from urllib.parse import unquote_to_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +40,18 @@ class Endpoint(Enum):
 _LAST = {
     b"messages": Endpoint.GENERATE,
     b"responses": Endpoint.GENERATE,
+    b"compact": Endpoint.GENERATE,
     b"completions": Endpoint.GENERATE,
-    b"generateContent": Endpoint.GENERATE,
-    b"streamGenerateContent": Endpoint.GENERATE,
+    b"generatecontent": Endpoint.GENERATE,
+    b"streamgeneratecontent": Endpoint.GENERATE,
     b"chat": Endpoint.GENERATE,
     b"generate": Endpoint.GENERATE,
     b"embeddings": Endpoint.EMBED,
     b"embed": Endpoint.EMBED,
-    b"embedContent": Endpoint.EMBED,
-    b"batchEmbedContents": Endpoint.EMBED,
+    b"embedcontent": Endpoint.EMBED,
+    b"batchembedcontents": Endpoint.EMBED,
     b"count_tokens": Endpoint.COUNT,
-    b"countTokens": Endpoint.COUNT,
+    b"counttokens": Endpoint.COUNT,
     b"input_tokens": Endpoint.COUNT,
 }
 _LISTS = (b"/models", b"/api/tags", b"/v1beta/models")
@@ -59,10 +61,22 @@ def endpoint_of(method: bytes, target: bytes) -> Endpoint:
     """What ``target`` (its query may be there) asks for."""
     path = target.partition(b"?")[0]
     if method == b"POST":
-        return _LAST.get(path.rpartition(b"/")[2].rpartition(b":")[2], Endpoint.OTHER)
+        return _LAST.get(last_of(target).rpartition(b":")[2].lower(), Endpoint.OTHER)
     if method in (b"GET", b"HEAD") and (path.endswith(_LISTS) or b"/models/" in path):
         return Endpoint.LIST
     return Endpoint.OTHER
+
+
+def last_of(target: bytes) -> bytes:
+    """The last segment of a path, as the most lenient server may read it: who spells it oddly is metered too."""
+    path = target.partition(b"?")[0]
+    if b"%" in path:
+        path = unquote_to_bytes(path)
+    last = path.rpartition(b"/")[2]
+    if last and b";" not in last:
+        return last
+    segments = (segment.partition(b";")[0] for segment in reversed(path.split(b"/")))
+    return next(filter(None, segments), b"")
 
 
 def model_in(target: bytes) -> str:

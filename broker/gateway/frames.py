@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 MAX_MESSAGE = 2**20
-"""Larger messages are skipped."""
+"""Of larger messages only the beginning and the end are heard, in one."""
+ENDS = 64 * 2**10
+"""Bytes of each of these: an answer's last event repeats what was asked and says at its end what was used."""
 _FIN = 0x80
 _RESERVED = 0x70
 _MASKED = 0x80
@@ -15,21 +17,22 @@ _LONGEST_HEAD = 10
 
 class TextListener:
     """Fed with the stream in any pieces. After a frame that no server may send without an extension it is
-    ``deaf``: it hears nothing more. It never raises and keeps ``max_message`` bytes at most."""
+    ``deaf``: it hears nothing more. It never raises and keeps ``max_message`` bytes at most, and a read's."""
 
-    __slots__ = ("_control", "_final", "_head", "_kept", "_left", "_limit", "_size", "_text", "deaf")
+    __slots__ = ("_begin", "_control", "_ends", "_final", "_head", "_kept", "_left", "_limit", "_text", "deaf")
 
     def __init__(self, max_message: int = MAX_MESSAGE) -> None:
         self.deaf = False
+        self._ends = min(ENDS, max_message // 2)
+        self._begin = b""
         self._limit = max_message
         self._head = b""
         self._left = 0
         self._final = False
         self._control = False
         self._kept = False
-        """The message under way is text, and not too long so far."""
+        """The message under way is text."""
         self._text = bytearray()
-        self._size = 0
 
     def feed(self, data: bytes) -> list[bytes]:
         """The text messages that end in ``data``, UTF-8 unchecked."""
@@ -39,7 +42,7 @@ class TextListener:
             at = self._take_payload(data, at) if self._left else self._take_head(data, at)
             if not self._left and not self._head and not self._control and self._final:
                 if self._kept:
-                    found.append(bytes(self._text))
+                    found.append(self._begin + (self._text[-self._ends :] if self._begin else self._text))
                 self._forget()
         return found
 
@@ -47,6 +50,9 @@ class TextListener:
         stop = min(len(data), at + self._left)
         if self._kept and not self._control:
             self._text += data[at:stop]
+            if len(self._text) > self._limit:
+                self._begin = self._begin or bytes(self._text[: self._ends])
+                del self._text[: -self._ends]
         self._left -= stop - at
         return stop
 
@@ -77,12 +83,8 @@ class TextListener:
         if opcode != _CONTINUATION:
             self._forget()
             self._kept = opcode == _TEXT
-        self._size += length
-        if self._size > self._limit:
-            self._kept = False
-            self._text = bytearray()
 
     def _forget(self) -> None:
         self._kept = False
         self._text = bytearray()
-        self._size = 0
+        self._begin = b""

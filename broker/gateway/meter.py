@@ -33,7 +33,7 @@ from typing import Any
 
 import msgspec
 
-from broker.gateway.caller import Endpoint, model_in
+from broker.gateway.caller import Endpoint, last_of, model_in
 from broker.gateway.heads import Headers
 from broker.gateway.policy import Kind
 
@@ -62,6 +62,7 @@ _SHAPES: dict[bytes, Kind] = {
     b"responses": "openai",
     b"completions": "openai",
     b"embeddings": "openai",
+    b"compact": "openai",
 }
 """Ollama and Gemini have faces of other shapes; the path tells."""
 
@@ -119,7 +120,7 @@ class Meter:
     def __init__(self, kind: Kind, endpoint: Endpoint, target: bytes) -> None:
         self._endpoint = endpoint
         self._model = model_in(target)
-        self._shape: Kind = _SHAPES.get(target.partition(b"?")[0].rpartition(b"/")[2], kind)
+        self._shape: Kind = _SHAPES.get(last_of(target).lower(), kind)
         self._needle = _NEEDLES[self._shape]
         self._asked: list[bytes] = []
         self._asked_size = 0
@@ -291,7 +292,9 @@ def _json(text: bytes) -> Any:
 
 
 def _name(value: Any) -> str:
-    return value[:MAX_MODEL] if isinstance(value, str) else ""
+    """What any sandbox can choose goes to logs, labels and terminals: nothing there that is not to be seen."""
+    text = value[:MAX_MODEL] if isinstance(value, str) else ""
+    return text if text.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
 def _read(text: bytes, whole: bool, needle: bytes) -> tuple[str, dict[str, Any]]:
@@ -318,14 +321,17 @@ def _after_last(text: bytes, needle: bytes) -> dict[str, Any]:
     """The object that the last ``needle`` names; of Ollama's shape: the numbers themselves."""
     if needle == _NEEDLES["ollama"]:
         return {
-            found[1].decode(): int(found[2]) for found in re.finditer(rb'"((?:prompt_)?eval_count)"\s*:\s*(\d+)', text)
+            found[1].decode(): int(found[2])
+            for found in re.finditer(rb'"((?:prompt_)?eval_count)"\s*:\s*(\d{1,15})(?!\d)', text)
         }
-    at = text.rfind(needle)
-    start = re.compile(rb"\s*:\s*\{").match(text, at + len(needle)) if at >= 0 else None
-    if start is None:
+    at = -1
+    # What a sandbox gives a name of its own, such as a label, may come behind.
+    for match in re.finditer(re.escape(needle) + rb"\s*:\s*\{", text):
+        at = match.end() - 1
+    if at < 0:
         return {}
     try:
-        found, _ = json.JSONDecoder().raw_decode(text[start.end() - 1 :][:TAIL].decode("utf-8", "replace"))
+        found, _ = json.JSONDecoder().raw_decode(text[at:][:TAIL].decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -6,6 +6,7 @@ A Redis that failed is left alone for ``PAUSE_S`` and then asked by a ping that 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable
 from typing import Any
@@ -17,7 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
-from broker.gateway.cache import Recorded
+from broker.gateway.cache import Recorded, kept
 from broker.gateway.policy import CacheStore
 from broker.host.tasks import TaskOwner
 
@@ -27,6 +28,7 @@ MAX_CONNECTIONS = 32
 MAX_WRITES = 32
 """Answers on their way to Redis; one more is not kept."""
 PREFIX = b"cortex:answer:1:"
+_ODD = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 log = structlog.get_logger(__name__)
 
 
@@ -56,10 +58,18 @@ def unpack(key: bytes, value: bytes) -> tuple[Recorded, float] | None:
         found = msgspec.msgpack.decode(value, type=_Entry)
     except ValueError:
         return None
-    if found.key != key:
+    if found.key != key or not _sound(found):
         return None
     answer = Recorded(found.status, found.reason, found.headers, found.pieces, found.chunked, found.length)
     return answer, found.at
+
+
+def _sound(found: _Entry) -> bool:
+    """What somebody else wrote there must not become another response, or a second one, on a sandbox's connection."""
+    known = [name.lower() for name, _ in found.headers] == [name.lower() for name, _ in kept(found.headers)]
+    plain = _ODD.search(b"\t".join([found.reason, *(value for _, value in found.headers)])) is None
+    whole = found.chunked == (found.length is None) and found.length in (None, sum(map(len, found.pieces)))
+    return found.status == 200 and known and plain and whole
 
 
 class RedisCache:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from broker.gateway.cache import Recorded
 from broker.gateway.caller import Endpoint
 from broker.gateway.heads import parse_response
 from broker.gateway.policy import CacheRule, CacheStore
+from broker.gateway.redis_cache import pack, unpack
 from broker.gateway.responses import Responses
 from broker.host.tasks import TaskOwner
 from tests.host import missing
@@ -221,6 +223,27 @@ async def test_what_is_no_answer_to_this_question_is_none(
         await redis.set(name, value)
     assert await responses.get(KEY) is not None
     assert responses.view()["redis"] == "up"
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"headers": [(b"content-type", b"a\r\nset-cookie: a=b")]},
+        {"headers": [(b"content-type\r\nx", b"a")]},
+        {"headers": [(b"set-cookie", b"a=b")]},
+        {"headers": [(b"transfer-encoding", b"chunked")]},
+        {"reason": b"OK\r\nx: y"},
+        {"status": 101},
+        {"length": 1},
+        {"length": -1, "pieces": []},
+        {"length": 2, "chunked": True},
+        {"length": None},
+    ],
+)
+def test_what_another_wrote_is_no_other_response(forged: dict[str, Any]) -> None:
+    sound = Recorded(200, b"OK", [(b"content-type", b"text/plain")], [b"{", b"}"], False, 2)
+    assert unpack(KEY, pack(KEY, sound, 1.0)) == (sound, 1.0)
+    assert unpack(KEY, pack(KEY, replace(sound, **forged), 1.0)) is None
 
 
 async def test_a_redis_that_is_full_still_answers(server: Server, make: Callable[[CacheStore], Responses]) -> None:

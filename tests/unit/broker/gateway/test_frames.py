@@ -68,12 +68,14 @@ def test_every_single_cut_gives_the_same() -> None:
     assert heard(raw[:400], list(range(400)))[0] == expected[:2]
 
 
-@given(st.integers(0, 60), st.integers(1, 5), CUTS)
-def test_a_message_over_the_limit_is_skipped_and_the_next_one_heard(size: int, pieces: int, cuts: list[int]) -> None:
-    body = b"y" * size
-    parts = [body[at::pieces] for at in range(pieces)]
+@given(st.integers(0, 200), st.integers(1, 5), CUTS)
+def test_of_a_message_over_the_limit_both_ends_are_heard_and_the_next_one(
+    size: int, pieces: int, cuts: list[int]
+) -> None:
+    body = bytes(range(size))
+    parts = [body[at * size // pieces : (at + 1) * size // pieces] for at in range(pieces)]
     raw = serialized([(Opcode.TEXT, parts, []), (Opcode.TEXT, [b"next"], [])])
-    assert heard(raw, cuts, 30)[0] == ([body] if size <= 30 else []) + [b"next"]
+    assert heard(raw, cuts, 30)[0] == [body if size <= 30 else body[:15] + body[-15:], b"next"]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from websockets.frames import Frame, Opcode
 
 from broker.gateway import meter as meter_module
 from broker.gateway.caller import Endpoint, endpoint_of
+from broker.gateway.frames import TextListener
 from broker.gateway.meter import MAX_KEPT, TAIL, Meter, Usage, frame_model, frame_usage
 from broker.gateway.policy import Kind
 
@@ -329,6 +331,27 @@ def test_the_model_of_a_request(request_body: bytes, model: str) -> None:
     assert read(case, [], [bytes([byte]) for byte in request_body]) == case.usage
 
 
+def test_a_name_has_nothing_in_it_that_a_terminal_obeys() -> None:
+    meter = Meter("openai", Endpoint.GENERATE, b"/v1/responses")
+    meter.request([json.dumps({"model": "a\x1b[2Jb\x9b\u202e\n\x00 c"}).encode()])
+    assert meter.finish().model == "a\ufffd[2Jb\ufffd\ufffd\ufffd\ufffd c"
+
+
+@pytest.mark.parametrize("target", [b"/v1/chat/completions/", b"/v1/chat/completi%6fns", b"/v1/Chat/Completions;a"])
+def test_an_odd_spelling_of_a_path_is_metered_by_its_shape(target: bytes) -> None:
+    meter = Meter("ollama", endpoint_of(b"POST", target), target)
+    meter.head(200, [(b"content-type", b"application/json")])
+    meter.body([b'{"usage":{"prompt_tokens":7,"completion_tokens":5}}'])
+    assert meter.finish().tokens == 12
+
+
+def test_a_number_without_end_is_no_count() -> None:
+    meter = Meter("ollama", Endpoint.GENERATE, b"/api/chat")
+    meter.head(200, [(b"content-type", b"application/json")])
+    meter.body([b'{"eval_count":' + b"9" * 5000 + b","])
+    assert meter.finish().output is None
+
+
 def test_the_word_of_the_request_goes_before_that_of_the_answer() -> None:
     assert read(CASES["anthropic sse"], [ANTHROPIC_SSE], [b'{"model":"claude-s"}']).model == "claude-s"
 
@@ -341,6 +364,21 @@ def test_an_event_that_ends_a_turn_on_a_websocket_says_what_was_used() -> None:
     assert frame_usage(b'{"type":"response.completed"') == Usage()
     assert frame_model('{"type":"response.create","model":"gpt-x","input":[]}') == "gpt-x"
     assert frame_model(b'{"type":"response.create"}') == ""
+
+
+def test_a_turn_on_a_websocket_whose_last_event_is_long_is_counted_too() -> None:
+    response = {
+        "instructions": "x" * MAX_KEPT,
+        "usage": {"input_tokens": 9, "output_tokens": 4},
+        "metadata": {"usage": "0"},
+    }
+    event = json.dumps({"type": "response.completed", "response": response}).encode()
+    sent = Frame(Opcode.TEXT, event).serialize(mask=False)
+    listener = TextListener()
+    (text,) = [text for at in range(0, len(sent), 60_000) for text in listener.feed(sent[at : at + 60_000])]
+    usage = frame_usage(text)
+    assert usage is not None
+    assert (usage.input, usage.output) == (9, 4)
 
 
 def test_a_mixed_sample_adds_up_to_what_the_providers_say() -> None:
