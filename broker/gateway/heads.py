@@ -6,6 +6,7 @@ so that where it ends is never a matter of opinion (request smuggling lives off 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import httptools
@@ -17,6 +18,7 @@ Headers = list[tuple[bytes, bytes]]
 END = b"\r\n\r\n"
 MAX_HEADERS = 256
 MAX_LENGTH_DIGITS = 15
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 @dataclass(slots=True)
@@ -122,6 +124,8 @@ def parse_response(raw: bytes) -> ResponseHead:
     version = parser.get_http_version()
     if version not in ("1.1", "1.0"):
         raise bad(f"the response is HTTP/{version}")
+    if parser.get_status_code() < 100 or _CONTROL.search(seen.reason):
+        raise bad("the status line is malformed")
     facts = _Facts(seen.headers)
     keep = b"close" not in facts.connection if version == "1.1" else b"keep-alive" in facts.connection
     return ResponseHead(

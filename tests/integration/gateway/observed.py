@@ -21,8 +21,8 @@ ask, clock = socket.getaddrinfo, time.time
 def told():
     return json.loads(world.read_text())
 def getaddrinfo(host, port, *rest, **more):
-    found = told()["names"].get(host)
-    if found is None:
+    found = told()["names"].get(host, host)
+    if found.endswith(".test"):
         raise socket.gaierror(socket.EAI_NONAME, "no such name")
     return ask(found, port, *rest, **more)
 socket.getaddrinfo = getaddrinfo

@@ -74,7 +74,7 @@ class World:
             await writer.drain()
         if self.reset:
             writer.transport.abort()
-        else:
+        elif not writer.transport.is_closing():
             writer.write_eof()
             while await reader.read(2**16):
                 pass
