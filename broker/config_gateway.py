@@ -6,6 +6,7 @@ What the gateway process acts on reaches it as ``broker.gateway.policy`` has it.
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, model_validator
 
@@ -135,6 +136,13 @@ class CacheConfig(Section):
     )
     redis_password_file: str = Field("", description="File with its password; 0600.")
     redis_timeout_s: Seconds = Field(0.05, description="A slower answer of Redis counts as none.")
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> CacheConfig:
+        url = urlsplit(self.redis_url)
+        if url.password or "password" in parse_qs(url.query):
+            raise ValueError("redis_url has a password in it; put that into the file of redis_password_file")
+        return self
 
 
 ModelPattern = Annotated[str, Field(pattern=r"^[^\x00-\x1f*]{0,100}\*?$", min_length=1)]

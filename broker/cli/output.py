@@ -37,7 +37,7 @@ def warn(text: str) -> None:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> str:
     """Columns as wide as their widest cell; ``right``: numbers of columns that are flushed right."""
-    cells = [list(headers), *([str(cell) for cell in row] for row in rows)]
+    cells = [list(headers), *([shown(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
     lines = []
     for number, row in enumerate(cells):
@@ -87,4 +87,11 @@ def styled(text: str, style: str, stream: TextIO) -> str:
 def _plain(value: Any) -> str:
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return shown(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def shown(text: str) -> str:
+    """``text`` without what a terminal would obey: names come from sandboxes too."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

@@ -209,6 +209,10 @@ class Admission:
                 self._refuse(waiting, error)
         self._go_on(now)
 
+    def refuses(self, caller: Caller) -> bool:
+        """The budget of ``caller`` is used up: not even a call of somebody else's may carry theirs."""
+        return self._spent_until != NEVER and self._over_budget(caller, self._now()) is not None
+
     def _wait(self, waiting: Waiting, now: float) -> Ticket | Waiting:
         ahead = self._turns.add(waiting)
         self._by_age[waiting] = None

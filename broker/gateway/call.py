@@ -159,7 +159,9 @@ class Call:
     def _gathered(self) -> None:
         """All of the request is there."""
         self._gathering = False
-        self._lookup = Lookup(self._context, self._plan, self._scope(), self._endpoint)
+        assert self._caller is not None
+        may_spend = not self._plan.admission.refuses(self._caller)
+        self._lookup = Lookup(self._context, self._plan, self._scope(), self._endpoint, may_spend=may_spend)
         self._lookup.find(self._head, self._target, self._body.whole(), self, self._enter, self._ask)
 
     async def _ask(self, body: bytes) -> Fetched:

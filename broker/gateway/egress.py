@@ -80,8 +80,10 @@ class WayOut:
         if (identity or {}) != self._identity:
             self.flush()
             self._ledger.clear()
-            self._identity = dict(identity or {})
-            self._spent = Hourly()
+            before, self._identity = self._identity, dict(identity or {})
+            # Settings are the user's to change; what was moved stays moved.
+            if self._identity.get("user") != before.get("user"):
+                self._spent = Hourly()
         self.egress = egress
         for flow in list(self._flows):
             if not self._allows(flow):

@@ -27,8 +27,10 @@ class Lookup:
     ``cached`` says how the answer came; "" that it is, or was, asked for.
     """
 
-    def __init__(self, context: Context, plan: Plan, scope: str, endpoint: Endpoint) -> None:
+    def __init__(self, context: Context, plan: Plan, scope: str, endpoint: Endpoint, *, may_spend: bool = True) -> None:
+        """``may_spend``: the call may be part of another one, which costs."""
         self.cached: Cached = ""
+        self._may_spend = may_spend
         self._context = context
         self._plan = plan
         self._scope = scope
@@ -50,7 +52,7 @@ class Lookup:
         told as ``shared_lost``; the call is then made by itself. ``send``: makes the call with other bodies."""
         plan, responses = self._plan, self._context.responses
         said = cache.said(head.headers) if plan.batcher is not None and self._endpoint is Endpoint.EMBED else None
-        if plan.batcher is not None and said is not None:
+        if plan.batcher is not None and said is not None and self._may_spend:
             self._joined = plan.batcher.add(body, audience, (self._scope, target, *said), send)
             if self._joined is not None:
                 self.cached = "batched"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from broker import metrics
 from broker.config_gateway import GatewayConfig, ProviderConfig
 from broker.gateway.records import Record
-from broker.session.prices import UNCHARGED
+from broker.session.prices import UNCHARGED, price_of
 
 MAX_MODELS = 64
 """That have a label of their own: any sandbox can name as many as it likes."""
@@ -27,9 +27,9 @@ class UsageMetrics:
         operation = _operation(call, provider)
         if operation is None:
             return
-        model = self._label(call.model)
-        about = (call.provider, model, operation)
         failed = call.outcome != "ok" or call.status >= 400
+        model = self._label(call.model, real=not failed or price_of(settings.prices, call.model) is not None)
+        about = (call.provider, model, operation)
         error = (str(call.status) if call.outcome in ("ok", "error") else call.outcome) if failed else ""
         metrics.GEN_AI_DURATION.labels(*about, error).observe(call.duration_s)
         if call.cached in UNCHARGED:
@@ -45,9 +45,10 @@ class UsageMetrics:
                 each = (call.duration_s - call.ttft_s) / (call.output - 1)
                 metrics.GEN_AI_OUTPUT_TOKEN.labels(*about).observe(each)
 
-    def _label(self, model: str) -> str:
+    def _label(self, model: str, *, real: bool) -> str:
+        """``real``: it has answered, or a price; another is known by its sandbox's word alone."""
         if model not in self._models:
-            if len(self._models) >= MAX_MODELS:
+            if not real or len(self._models) >= MAX_MODELS:
                 return OTHER
             self._models.add(model)
         return model

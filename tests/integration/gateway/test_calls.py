@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="module")]
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 ASK = {"model": "m", "temperature": 0, "messages": [{"role": "user", "content": "hi"}]}
+EMBEDDINGS = "/p/v1/embeddings"
 CHAT = "/p/v1/chat/completions"
 
 
@@ -353,13 +354,34 @@ async def test_the_failure_of_a_shared_call_is_nobody_elses(place: Place) -> Non
 async def test_embeddings_are_asked_for_together(place: Place) -> None:
     await place.use(p=place.policy(0, batch_s=0.3, keys=("sk-1",)))
     texts = ["a", ["bb", "ccc"], "dddd"]
-    calls = [place.ask({"model": "e", "input": text}, "/p/v1/embeddings") for text in texts]
+    calls = [place.ask({"model": "e", "input": text}, EMBEDDINGS) for text in texts]
     answers = await asyncio.gather(*calls)
     found = [[each["embedding"][0] for each in body["data"]] for _, body, _ in answers]
     assert found == [[1], [2, 3], [4]]
     assert place.servers[0].keys == ["sk-1"]
     records = await place.records(3)
     assert sum(each["input"] for each in records) == USAGE["prompt_tokens"]
+
+
+async def test_a_call_of_many_carries_nothing_for_who_has_spent_a_budget(place: Place, gateway: Rig) -> None:
+    await place.use(p=place.policy(0, batch_s=0.3, keys=("sk-1",)))
+    gateway.link.spent = lambda: {"users": [place.user], "teams": [], "for_s": 60.0}
+    gateway.link.budgets_changed()
+    try:
+        # Told after the budgets, so these are known by now.
+        providers = {"p": Provider("openai", place.servers[0].url, policy="p")}
+        sockets = await gateway.put(providers, slot="free", identity={**ME, "user": "free"})
+        other = Place(gateway, place.servers)
+        other.path = str(sockets.gateway_path)
+        free, spent = await asyncio.gather(
+            other.ask({"model": "e", "input": "a"}, EMBEDDINGS), place.ask({"model": "e", "input": "b"}, EMBEDDINGS)
+        )
+        assert (free[0], spent[0]) == (200, 429)
+    finally:
+        await gateway.link.drop_slot("free")
+        gateway.slots.pop("free").close()
+        gateway.link.spent = lambda: {"users": [], "teams": [], "for_s": 0.0}
+        gateway.link.budgets_changed()
 
 
 # Accounted

@@ -297,3 +297,18 @@ def test_a_credential_file_lies_below_home(tmp_path: Path, path: str) -> None:
     (found,) = problems(write(tmp_path, f'[agents.a]\ncommand = ["x"]\ncredential_path = "{path}"\n'))
     assert found["path"] == "agents.a.credential_path"
     assert "below HOME" in found["what"]
+
+
+@pytest.mark.parametrize("url", ["redis://:geheim@h/0", "rediss://me:geheim@h:1/0", "unix:///r.sock?password=geheim"])
+def test_a_password_in_the_url_of_redis_is_refused_and_not_repeated(tmp_path: Path, url: str) -> None:
+    path = write(tmp_path, f'[gateway.cache]\nredis_url = "{url}"\n')
+    with pytest.raises(CortexError) as caught:
+        load(path, ENV)
+    assert "redis_password_file" in str(caught.value.problem())
+    assert "geheim" not in str(caught.value.problem())
+
+
+@pytest.mark.parametrize("url", ["redis://me@h/0", "unix:///r.sock?db=1", ""])
+def test_a_url_of_redis_without_a_password_is_fine(tmp_path: Path, url: str) -> None:
+    path = write(tmp_path, f'[gateway.cache]\nredis_url = "{url}"\n')
+    assert load(path, ENV).config.gateway.cache.redis_url == url

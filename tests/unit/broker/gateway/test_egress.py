@@ -161,6 +161,16 @@ async def test_a_slot_that_is_another_users_begins_anew(outside: Outside) -> Non
     assert "200" in await outside.asked(PLAIN)
 
 
+async def test_what_was_moved_is_not_forgotten_with_a_change_of_settings(outside: Outside) -> None:
+    outside.context.settings = replace(outside.context.settings, egress_bytes_per_hour=10)
+    outside.addresses = ["127.0.0.1"]
+    outside.state.update(outside.entry(private=("shop.example",)))
+    assert "200" in await outside.asked(PLAIN)
+    other = {**ME, "agent": "another", "team": "red", "session": "2"}
+    outside.state.update(replace(outside.entry(private=("shop.example",)), identity=other))
+    assert "429" in await outside.asked(PLAIN)
+
+
 async def test_without_a_broker_nothing_counts_as_told(outside: Outside, tmp_path: Path) -> None:
     Orders(tmp_path / "nobody", Table(outside.context), outside.context)
     assert outside.context.report({"kind": "egress"}) is False

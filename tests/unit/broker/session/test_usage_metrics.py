@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from broker.config_gateway import GatewayConfig, ProviderConfig, ResponseCacheConfig
+from broker.config_gateway import GatewayConfig, PriceConfig, ProviderConfig, ResponseCacheConfig
 from broker.metrics import REGISTRY
 from broker.session.usage_metrics import MAX_MODELS, UsageMetrics
 from tests.unit.broker.gateway.test_usage_log import record
@@ -41,6 +41,7 @@ def test_a_call_is_seen_in_every_metric() -> None:
 
 def test_errors_say_of_what_kind() -> None:
     into = UsageMetrics()
+    observe(into, model="e", ttft_s=None)
     for outcome, status in (("error", 500), ("ok", 400), ("cut", 200), ("gone", 200)):
         observe(into, model="e", outcome=outcome, status=status, ttft_s=1.0)
     for error in ("500", "400", "cut", "gone"):
@@ -71,6 +72,24 @@ def test_models_that_anybody_may_name_are_bounded() -> None:
     count = "gen_ai_client_operation_duration_seconds_count"
     assert value(count, "other", error_type="") == 10
     assert value(count, "junk-0", error_type="") == 2
+
+
+def test_what_never_answered_takes_no_label_from_what_does() -> None:
+    into = UsageMetrics()
+    for number in range(MAX_MODELS + 10):
+        observe(into, model=f"none-{number}", outcome="error", status=404)
+    observe(into, model="serves")
+    count = "gen_ai_client_operation_duration_seconds_count"
+    assert value(count, "none-0", error_type="404") == 0
+    assert value(count, "other", error_type="404") == MAX_MODELS + 10
+    assert value(count, "serves", error_type="") == 1
+
+
+def test_a_model_with_a_price_is_known_before_it_answers() -> None:
+    into = UsageMetrics()
+    settings = SETTINGS.model_copy(update={"prices": {"dear-*": PriceConfig(input=1, output=1)}})
+    into.observe(settings, record(provider="um", model="dear-1", outcome="error", status=500), 0.0)
+    assert value("gen_ai_client_operation_duration_seconds_count", "dear-1", error_type="500") == 1
 
 
 def test_what_is_no_call_to_a_model_is_not_in_the_conventions_metrics() -> None:
