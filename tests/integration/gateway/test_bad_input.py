@@ -150,8 +150,9 @@ async def test_a_head_without_end_is_not_read_on(gw: ObservedRig) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b"{", b"", b"\xff\xfe", b"[]", b"null", b'{"model": 1}', b'{"input": {}}', b"[" * 100_000, b'{"model": "\\ud800"}',
-        b'{"a": 1, "a": 2}', b'{"model": 1e999}', b'{"n": ' + b"9" * 10_000 + b"}", b'{"input": []}', b'{"input": [[1], "a"]}',
+        b"{", b"", b"\xff\xfe", b"[]", b"null", b'{"model": 1}', b'{"input": {}}', b"[" * 100_000,
+        b'{"model": "\\ud800"}', b'{"a": 1, "a": 2}', b'{"model": 1e999}', b'{"n": ' + b"9" * 10_000 + b"}",
+        b'{"input": []}', b'{"input": [[1], "a"]}',
         b'{"model":"m","input":"x"', b'\xef\xbb\xbf{"model": "m"}', b'{"stream": "yes", "model": "m"}', b"NaN",
     ],
     ids=lambda body: repr(body[:24]),
@@ -271,8 +272,9 @@ async def test_a_hundred_megabytes_that_nobody_reads_are_left_where_they_are(gw:
 
 
 FORGED = {
-    "Authorization": "Bearer sk-forged", "X-Api-Key": "sk-forged", "Api-Key": "sk-forged", "X-Goog-Api-Key": "sk-forged",
-    "X-Auth-Token": "sk-forged", "Cookie": "k=sk-forged", "Proxy-Authorization": "Basic sk-forged",
+    "Authorization": "Bearer sk-forged", "X-Api-Key": "sk-forged", "Api-Key": "sk-forged",
+    "X-Goog-Api-Key": "sk-forged", "X-Auth-Token": "sk-forged", "Cookie": "k=sk-forged",
+    "Proxy-Authorization": "Basic sk-forged",
 }  # fmt: skip
 LEAKS = {
     "Set-Cookie": "session=leak", "Anthropic-Organization-Id": "leak", "OpenAI-Organization": "leak",
@@ -325,8 +327,8 @@ async def test_an_unclaimed_slot_is_503_whatever_is_asked(gw: ObservedRig, path:
 async def test_an_upgrade_with_a_body_is_no_upgrade(gw: ObservedRig) -> None:
     slot = await use(gw, 1)
     raw = (
-        b"GET /p/v1/responses HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 39\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        b"GET /p/v1/responses HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Content-Length: 39\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     )
     answer = await ask(slot.gateway_path, raw + SMUGGLED + SMUGGLED)
     assert problem(answer)[0] == 426

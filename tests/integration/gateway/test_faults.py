@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from broker.gateway.caller import Endpoint
 from broker.gateway.link import Egress, Provider
 from broker.gateway.policy import CacheRule, CacheStore, Limit, Limits, Policy
 from tests.integration.gateway.observed import ObservedRig, observed
@@ -55,7 +56,9 @@ async def post(slot: SlotSockets, content: str = "hi", **more: Any) -> tuple[int
         return answer.status, await answer.json()
 
 
-def says(*parts: bytes, then: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None) -> Any:
+def says(
+    *parts: bytes, then: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None
+) -> Any:
     """A server that answers ``parts`` to anything, whatever it may be, and then does ``then`` or closes."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,7 +106,8 @@ async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         (says(b"HTTP/1.1 200 O\x00K\r\ncontent-length: 0\r\n\r\n"), 502, "gateway.upstream_failed"),
         (says(b"HTTP/2.0 200 OK\r\n\r\n"), 502, "gateway.upstream_failed"),
         (says(OK + b"content-length: 1\r\ncontent-length: 2\r\n\r\nab"), 502, "gateway.upstream_failed"),
-        (says(OK + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"), 502, "gateway.upstream_failed"),
+        (says(OK + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"), 502,
+         "gateway.upstream_failed"),
         (says(OK + b"transfer-encoding: gzip\r\n\r\nab"), 502, "gateway.upstream_failed"),
         (says(OK + b"x: a\nset-cookie: b\r\n\r\n"), 502, "gateway.upstream_failed"),
         (says(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n"), 502,
@@ -115,7 +119,9 @@ async def test_no_answer_is_an_error_of_the_gateway(
     gw: ObservedRig, server: Any, status: int, code: str, shared: bool
 ) -> None:
     async with raw_server(server) as port:
-        slot = await use(gw, port, retries=0, **({"cache": CacheRule(enabled=True), "coalesce": True} if shared else {}))
+        slot = await use(
+            gw, port, retries=0, **({"cache": CacheRule(enabled=True), "coalesce": True} if shared else {})
+        )
         found, got = await post(slot)
     assert (found, got["code"]) == (status, code)
     assert got["hint"]
@@ -302,8 +308,8 @@ async def test_a_wall_clock_that_jumps_changes_nothing(off: float) -> None:
             assert (await stream.read()).endswith(b"}\n\n")
         for record in await gw.used(4):
             assert 0 <= record["duration_s"] < 60
-            assert 0 <= record["queue_s"] < 60
-            assert record["ttft_s"] is None or 0 <= record["ttft_s"] < 60
+            assert 0 <= record.get("queue_s", 0) < 60
+            assert 0 <= (record.get("ttft_s") or 0) < 60
 
 
 async def test_redis_that_is_not_there_costs_the_cache_alone_and_is_told(gw: ObservedRig) -> None:
@@ -371,13 +377,13 @@ async def test_a_gateway_killed_under_load_is_back_and_counts_no_call_twice() ->
         assert gw.pid != pid
         assert set(done) == {200}
         assert failed <= 4  # one of each at most: those that were under way
-        # Those that were answered before and after; what the last moment of the dead one held is lost, not doubled.
-        records = await gw.used(1)
-        async with asyncio.timeout(10):
-            while not any(each["id"].rpartition("-")[0] != records[0]["id"].rpartition("-")[0] for each in records):
-                records = await gw.used(len(records) + 1)
-        ids = [each["id"] for each in await gw.used(len(records))]
-        assert len(set(ids)) <= len(done) + failed + len(streams) + 1
+        # What the last moment of the dead one held is lost, not doubled. Records come in order, so this one is last.
+        async with client(slot.gateway_path) as http:
+            assert (await http.post("/p/v1/embeddings", json={"input": "last"})).status == 200
+        await gw.used(1, endpoint=Endpoint.EMBED.value)
+        counted = {each["id"] for each in await gw.used(0, endpoint=Endpoint.GENERATE.value, outcome="ok")}
+        assert len({each.rpartition("-")[0] for each in counted}) == 2
+        assert len(counted) <= len(done) + failed + 1
         print(f"serving again after {back:.2f} s, {failed} calls cut")
         assert back < 10
 

@@ -1,6 +1,6 @@
 """Any bytes from a sandbox, and any from a provider: answered as the table of errors says, and nobody else notices.
 
-CORTEX_FUZZ_EXAMPLES: so many examples for each test, chosen anew each time, instead of the few that are always the same.
+CORTEX_FUZZ_EXAMPLES: so many examples for each test, chosen anew each time, instead of few that stay the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, pairwise
 
@@ -53,7 +53,7 @@ def fuzzed(few: int) -> settings:
 
 
 class World:
-    """One gateway; slot ``a`` is the guest's whose bytes are odd, ``b`` a bystander's. ``say`` is what ``bad`` answers."""
+    """One gateway; slot ``a`` is of the guest with odd bytes, ``b`` a bystander's. ``say``: what ``bad`` answers."""
 
     def __init__(self, gw: ObservedRig) -> None:
         self.gw = gw
@@ -75,7 +75,8 @@ class World:
         if self.reset:
             writer.transport.abort()
         elif not writer.transport.is_closing():
-            writer.write_eof()
+            with suppress(OSError):  # it may be gone already
+                writer.write_eof()
             while await reader.read(2**16):
                 pass
 
@@ -200,9 +201,10 @@ ODD = st.one_of(
         b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\x00", b":", b"\r\n ", b"Content-Length: 5\r\n",
         b"\r\nContent-Length: 0", b"\r\nTransfer-Encoding: chunked", b"\r\nTransfer-Encoding: identity",
         b"\r\nTransfer-Encoding:\x0bchunked", b"\r\nHost: y", b"\r\nConnection: close", b"\r\nConnection: upgrade",
-        b"\r\nUpgrade: websocket", b"HTTP/1.0", b"HTTP/2.0", b"HTTP/9", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"CONNECT ",
-        b"HEAD ", b"OPTIONS *", b"TRACE ", b"http://h/", b"/../", b"%2e%2e/", b"FFFFFFFFFFFFFFFF\r\n", b"-1\r\n", b"0\r\n",
-        b"0x5", b"5 \r\n", b"A" * 9000, b"\r\nA: b" * 300, b"\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+        b"\r\nUpgrade: websocket", b"HTTP/1.0", b"HTTP/2.0", b"HTTP/9", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"CONNECT ", b"HEAD ", b"OPTIONS *", b"TRACE ", b"http://h/", b"/../", b"%2e%2e/", b"FFFFFFFFFFFFFFFF\r\n",
+        b"-1\r\n", b"0\r\n", b"0x5", b"5 \r\n", b"A" * 9000, b"\r\nA: b" * 300,
+        b"\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
     ]),
 )  # fmt: skip
 
@@ -298,7 +300,8 @@ ANSWERS = st.sampled_from([
     b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
     b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 404 Not\r\nRetry-After: 0\r\nContent-Length: 2\r\n\r\n{}",
     b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\n\r\n{}", b"HTTP/1.0 200 OK\r\n\r\nold", b"",
-    b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Type: application/json\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x08\x00",
+    b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Type: application/json\r\nContent-Length: 4\r\n\r\n"
+    b"\x1f\x8b\x08\x00",
 ])  # fmt: skip
 
 
@@ -343,7 +346,8 @@ def test_any_response_is_passed_on_whole_or_ends_as_an_error(run: Callable[..., 
             assert told is not None
             assert told[0] == OURS[slug[1].decode()]
         elif told is not None:
-            assert told == read_by_another(raw), (raw, got)
+            # Empty lines before an answer are passed over by ours and by many others, not by this one.
+            assert told == read_by_another(raw.lstrip(b"\r\n")), (raw, got)
         assert KEY.encode() not in got
         await world.bystander()
 

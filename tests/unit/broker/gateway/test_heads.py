@@ -109,6 +109,12 @@ def test_a_response_is_taken_apart() -> None:
     assert head.keep_alive_s == 5
 
 
+@pytest.mark.parametrize("line", [b"000 Zero", b"099 x", b"200 O\x00K", b"200 \x7f", b"2000 x", b"20 x"])
+def test_a_status_line_that_no_client_could_read_is_refused(line: bytes) -> None:
+    with pytest.raises(CortexError):
+        parse_response(b"HTTP/1.1 %s\r\n\r\n" % line)
+
+
 def test_an_old_response_keeps_the_connection_only_when_it_says_so() -> None:
     assert not parse_response(b"HTTP/1.0 200 OK\r\n\r\n").keep_alive
     assert parse_response(b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n\r\n").keep_alive
