@@ -293,11 +293,10 @@ class Call:
 
     def _again(self) -> bool:
         """Makes the call once more, where another server, key or provider may answer it."""
+        plan = self._plan
         if self._late():
             return False
-        if self._visit.attempts > self._plan.policy.retries or not self._visit.others(
-            self._plan, self._context.clock()
-        ):
+        if self._visit.attempts > plan.policy.retries or not self._visit.others(plan, self._context.clock()):
             return self._fall_back()
         self._context.stats.retries += 1
         self._send()
@@ -310,8 +309,7 @@ class Call:
 
     def _again_with_another_key(self) -> bool:
         """After a 429: the key rests, another one may not."""
-        ticket = self._ticket
-        plan = self._plan
+        ticket, plan = self._ticket, self._plan
         if self._late():
             return False
         if ticket is None or ticket.key < 0 or self._visit.attempts > plan.policy.retries:
@@ -331,8 +329,7 @@ class Call:
             return False
         self._stand_ins = (*self._plan.policy.fallback, *self._stand_ins)
         while self._stand_ins:
-            name, *rest = self._stand_ins
-            self._stand_ins = tuple(rest)
+            name, self._stand_ins = self._stand_ins[0], self._stand_ins[1:]
             plan = self._context.plans.named(name)
             route = self._routes.get(name.encode())
             if plan is None or route is None or name in self._asked or route.own_keys:
@@ -345,6 +342,8 @@ class Call:
             self._plan, self._route = plan, route
             if self._lookup is not None:
                 self._lookup.elsewhere(shared=self._scope() == scope)
+                if self._ended:
+                    return True
             self._lines = passed(route, self._head, plain=self._endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
             self._visit, self._tried_keys = Visit(self._visit.total), frozenset()
             self._context.stats.fallbacks += 1
@@ -368,13 +367,13 @@ class Call:
             self._ticket.answered()
         if self._lookup is not None:
             self._lookup.head(head)
+            if self._ended:
+                return
         self._out.head(head, body, self._head.method)
 
     def _refused(self, head: ResponseHead) -> bool:
         """Obeys an answer that says "not now"; True when the call is made elsewhere instead."""
-        now = self._context.clock()
-        status = head.status
-        ticket = self._ticket
+        now, status, ticket = self._context.clock(), head.status, self._ticket
         if ticket is not None and status == 429:
             ticket.limited(now, faults.retry_after(head.headers))
         elif ticket is not None and status in _OVERLOAD and len(self._plan.spots) == 1:

@@ -64,7 +64,7 @@ class Flights:
 
 
 class Flight:
-    """The leader's side. ``deserted``: called when the last follower has left."""
+    """The leader's side. ``deserted``: called when the last follower has left, or was lost."""
 
     def __init__(self, flights: Flights, key: bytes) -> None:
         self.key = key
@@ -120,6 +120,8 @@ class Flight:
             self._close()
             for joined in list(self._joined):
                 joined.lose(why)
+            if self.deserted is not None:
+                self.deserted()
 
     def _pump(self) -> None:
         for joined in list(self._joined):

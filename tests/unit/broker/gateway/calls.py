@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ class Server:
         self.got = b""
         self.held = False
         self.aborted = False
+        self.begun = False
         self.sink: Call | None = None
         self._body: Body | None = None
 
@@ -71,6 +72,7 @@ class Server:
         """``length`` None: chunked."""
         sink = self.sink
         assert sink is not None
+        self.begun = True
         lines = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
         head = ResponseHead(status, b"", lines, length, length is None, True, None, frozenset())
         self._body = response_body(status, self.method, length, length is None)
@@ -163,6 +165,8 @@ class Sandbox:
         self.got = b""
         self.held = False
         self.ends: list[str | CortexError] = []
+        self.then: Callable[[], object] = lambda: None
+        """What the client does at once when its call has ended."""
 
     def send(self, parts: list[bytes]) -> None:
         assert not self.ends, "something is sent after the end"
@@ -175,12 +179,14 @@ class Sandbox:
 
     def fail(self, error: CortexError) -> None:
         self.ends.append(error)
+        self.then()
 
     def cut(self) -> None:
         self.ends.append("cut")
 
     def finish(self, keep_alive: bool) -> None:
         self.ends.append("finish")
+        self.then()
 
 
 class _Log:

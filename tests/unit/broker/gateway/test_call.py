@@ -225,6 +225,21 @@ async def test_followers_find_the_place_of_a_leader_that_failed_free() -> None:
         assert at.idle()
 
 
+async def test_a_leader_whose_followers_ask_for_themselves_and_whose_sandbox_is_gone_is_over() -> None:
+    async with world(p=policy("a", keys=("sk",), coalesce=True)) as at:
+        ann, _ = at.ask(ASK, user="ann")
+        _, bob = at.ask(ASK, user="bob")
+        await turn()
+        ann.abort()
+        leader = at.network.last
+        assert leader.open, "bob waits for it"
+        leader.head(400)
+        assert not leader.open
+        at.network.last.answer()
+        assert bob.ends == ["finish"]
+        assert at.idle()
+
+
 # Everything is let go of
 
 
