@@ -48,6 +48,9 @@ MAX_COUNT = 2**53
 
 _MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*("(?:[^"\\]|\\.)*")')
 _MODEL = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
+_NAMED = b'"model"'
+_DATED = re.compile(r"(-\d{4}-?\d{2}-?\d{2})?")
+"""What providers put behind the name that was asked for."""
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NOTHING = re.compile(rb'"usage"\s*:\s*null')
 _FINAL = re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed)"')
@@ -113,8 +116,8 @@ class Meter:
     cut makes no difference."""
 
     __slots__ = (
-        "_asked", "_asked_size", "_endpoint", "_first", "_inflate", "_inflated", "_kept", "_last", "_lines",
-        "_model", "_needle", "_reading", "_shape", "_size", "_whole",
+        "_asked", "_asked_size", "_edge", "_endpoint", "_first", "_inflate", "_inflated", "_kept", "_last", "_lines",
+        "_model", "_named", "_needle", "_reading", "_shape", "_size", "_twice", "_whole",
     )  # fmt: skip
 
     def __init__(self, kind: Kind, endpoint: Endpoint, target: bytes) -> None:
@@ -124,6 +127,9 @@ class Meter:
         self._needle = _NEEDLES[self._shape]
         self._asked: list[bytes] = []
         self._asked_size = 0
+        self._edge = b""
+        self._named = 0
+        self._twice = False
         self._reading = False
         self._lines = False
         self._inflate: zlib._Decompress | None = None
@@ -137,11 +143,21 @@ class Meter:
     def request(self, pieces: list[bytes]) -> None:
         """Body of the request, as it passes."""
         for piece in pieces:
+            if not self._twice:
+                self._look_for_another(piece)
             if self._asked_size >= MODEL_WITHIN:
-                return
+                continue
             piece = piece[: MODEL_WITHIN - self._asked_size]
             self._asked.append(piece)
             self._asked_size += len(piece)
+
+    def _look_for_another(self, piece: bytes) -> None:
+        """JSON lets a name be there twice, and escaped: servers take the last one, whatever was said first."""
+        seen = self._edge + piece
+        self._named += seen.count(_NAMED)
+        self._twice = self._named > 1 or b"\\u006" in seen
+        # What is cut between two pieces is whole in the next look; what is whole was counted.
+        self._edge = seen[-(len(_NAMED) - 1) :]
 
     def head(self, status: int, headers: Headers) -> None:
         """Of the answer. Errors use nothing; an answer compressed other than by gzip is not read."""
@@ -196,9 +212,15 @@ class Meter:
                 named, found = _read(*kept, self._needle)
                 model = named or model
                 counts |= {key: value for key, value in found.items() if value is not None}
-        return _usage(self._shape, self._model or self._requested() or model, counts)
+        return _usage(self._shape, self._model or self._believed(self._requested(), model), counts)
 
     # -- the request
+
+    def _believed(self, asked: str, answered: str) -> str:
+        """The request's word, which prices know, unless the request may have two and the answer says otherwise."""
+        if not asked or (self._twice and answered and not _DATED.fullmatch(answered.removeprefix(asked))):
+            return answered
+        return asked
 
     def _requested(self) -> str:
         text = b"".join(self._asked)

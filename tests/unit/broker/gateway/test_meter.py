@@ -356,6 +356,29 @@ def test_the_word_of_the_request_goes_before_that_of_the_answer() -> None:
     assert read(CASES["anthropic sse"], [ANTHROPIC_SSE], [b'{"model":"claude-s"}']).model == "claude-s"
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        b'{"model":"cheap","messages":[],"model":"dear"}',
+        b'{"model":"cheap","x":"' + b"y" * 9000 + b'","model":"dear"}',
+        b'{"model":"cheap","mod\\u0065l":"dear"}',
+        b'{"model":"dea","model":"dear"}',
+    ],
+)
+@given(st.lists(st.integers(0, 10**4), max_size=5))
+def test_a_request_that_names_two_models_is_charged_for_the_one_that_answered(asked: bytes, at: list[int]) -> None:
+    case = Case("openai", b"/v1/responses", JSON, b'{"model":"dear","usage":{"input_tokens":1}}', Usage())
+    assert read(case, [case.body], cut(asked, at)).model == "dear"
+
+
+def test_a_request_with_the_word_in_its_tools_keeps_the_name_that_prices_know() -> None:
+    asked = b'{"model":"claude-s","tools":[{"input_schema":{"properties":{"model":{"type":"string"}}}}]}'
+    for answered in ("claude-s", "claude-s-20260101", "claude-s-2026-01-01"):
+        body = json.dumps({"model": answered, "usage": {"input_tokens": 1}}).encode()
+        case = Case("anthropic", b"/v1/messages", JSON, body, Usage())
+        assert read(case, [body], [asked]).model == "claude-s"
+
+
 def test_an_event_that_ends_a_turn_on_a_websocket_says_what_was_used() -> None:
     assert frame_usage(dense({"type": "response.completed", "response": RESPONSE})) == GPT
     assert frame_usage(json.dumps({"type": "response.failed", "response": {"usage": None}})) == Usage()
