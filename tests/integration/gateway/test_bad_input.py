@@ -268,6 +268,36 @@ async def test_a_hundred_megabytes_that_nobody_reads_are_left_where_they_are(gw:
         writer.close()
 
 
+async def test_thirty_megabytes_that_the_provider_does_not_take_yet_wait_in_the_sandbox(gw: ObservedRig) -> None:
+    go_on = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await go_on.wait()
+        await reader.readexactly(30_000_000)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+    async with raw_server(serve) as port:
+        slot = await use(gw, port, **ALL_ON)
+        gw.forget_peak()
+        before = gw.peak_kib
+        reader, writer = await asyncio.open_unix_connection(str(slot.gateway_path))
+        writer.transport.set_write_buffer_limits(high=0)
+        writer.write(POST + b"Connection: close\r\nContent-Length: 30000000\r\n\r\n")
+        for at in range(300):
+            writer.write(b"x" * 100_000)
+            try:
+                await asyncio.wait_for(writer.drain(), 0.5)
+            except TimeoutError:
+                assert at < 200
+                go_on.set()
+                await asyncio.wait_for(writer.drain(), 10)
+        assert go_on.is_set()
+        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 200 ")
+        assert gw.peak_kib - before < 12 * 1024
+        writer.close()
+
+
 # Credentials
 
 

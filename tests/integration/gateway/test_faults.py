@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -21,6 +23,7 @@ from broker.gateway.link import Egress, Provider
 from broker.gateway.policy import CacheRule, CacheStore, Limit, Limits, Policy
 from tests.integration.gateway.observed import ObservedRig, observed
 from tests.integration.gateway.support import KEY, Rig, SlotSockets, app_server, ask, client, problem, raw_server
+from tests.integration.gateway.test_redis import Server
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="module")]
 
@@ -320,6 +323,42 @@ async def test_redis_that_is_not_there_costs_the_cache_alone_and_is_told(gw: Obs
         slot = await gw.put({"p": Provider("openai", url, KEY, policy="p")})
         for _ in range(3):
             assert (await post(slot))[0] == 200
+    assert "redis" in gw.log.lower()
+
+
+async def test_redis_is_killed_and_comes_back_and_no_call_fails(gw: ObservedRig) -> None:
+    asked = 0
+
+    async def count(request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        asked += 1
+        return await model(request)
+
+    async def until_hit(slot: SlotSockets, content: str) -> None:
+        async with asyncio.timeout(20):
+            before = -1
+            while asked != before:
+                before = asked
+                assert (await post(slot, content))[0] == 200
+                await asyncio.sleep(0.02)
+
+    with tempfile.TemporaryDirectory(prefix="cortex-redis-") as directory:
+        server = Server(Path(directory))
+        server.start()
+        async with app_server(count) as port:
+            url = f"http://127.0.0.1:{port}"
+            rules = Policy(kind="openai", upstreams=(url,), cache=CacheRule(enabled=True))
+            gw.link.set_policies({"p": rules}, server.store())
+            slot = await gw.put({"p": Provider("openai", url, KEY, policy="p")})
+            await until_hit(slot, "before")
+            server.kill()
+            asked = 0
+            for _ in range(3):
+                assert (await post(slot, "before"))[0] == 200
+            assert asked == 3
+            server.start()
+            await until_hit(slot, "after")
+            server.kill()
     assert "redis" in gw.log.lower()
 
 
