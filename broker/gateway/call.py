@@ -39,7 +39,6 @@ UNKNOWN_TOKENS = 1000
 """Reserved for a body whose length is not said."""
 _ELSEWHERE = frozenset((429, 500, 502, 503, 504, 529))
 """Answers after which another server, key or provider is asked, where there is one."""
-_OVERLOAD = frozenset((503, 529))
 _REPEATABLE = frozenset((b"GET", b"HEAD", b"OPTIONS"))
 
 
@@ -376,7 +375,7 @@ class Call:
         now, status, ticket = self._context.clock(), head.status, self._ticket
         if ticket is not None and status == 429:
             ticket.limited(now, faults.retry_after(head.headers))
-        elif ticket is not None and status in _OVERLOAD and len(self._plan.spots) == 1:
+        elif ticket is not None and status in faults.OVERLOAD and len(self._plan.spots) == 1:
             ticket.limited(now, faults.retry_after(head.headers), overload=True)
         upstream = self._upstream
         self._upstream = None

@@ -46,6 +46,8 @@ async def ask(
         plan.balance.ended(index, over, "failed" if answer.status >= 500 else "ok", over - now, turn)
         if answer.status == 429:
             ticket.limited(time.monotonic(), faults.retry_after(answer.headers))
+        elif answer.status in faults.OVERLOAD and len(plan.spots) == 1:
+            ticket.limited(time.monotonic(), faults.retry_after(answer.headers), overload=True)
         return answer
     finally:
         ticket.release(time.monotonic(), None)
@@ -72,4 +74,7 @@ async def _admitted(plan: Plan, caller: Caller, own: str, size: int) -> Ticket:
         return await turn
     except asyncio.CancelledError:
         found.cancel()
+        if turn.done() and not turn.cancelled() and turn.exception() is None:
+            # Its turn had come in the same moment.
+            turn.result().release(time.monotonic(), 0)
         raise

@@ -8,6 +8,8 @@ from broker.errors import Code, CortexError
 from broker.gateway.heads import Headers
 
 MAX_RETRY_AFTER_S = 3600.0
+OVERLOAD = frozenset((503, 529))
+"""Answers that say "not now" for everybody."""
 
 
 def unreachable(name: str, error: CortexError) -> CortexError:

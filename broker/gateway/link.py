@@ -278,7 +278,7 @@ class GatewayLink:
     def _tell_policies(self) -> None:
         policies, cache = self._policies
         for name, policy in policies.items():
-            self._tell({"type": "policy", "name": name, "policy": msgspec.to_builtins(policy)}, _log_refusal)
+            self._tell(_sized(name, policy), _log_refusal)
         self._tell({"type": "policies", "cache": msgspec.to_builtins(cache)}, _log_refusal)
 
     def _tell_spent(self) -> None:
@@ -379,6 +379,18 @@ def _listen(path: Path) -> socket.socket:
 def _log_refusal(answer: dict[str, Any]) -> None:
     if error := answer.get("error"):
         log.error("gateway_policy_refused", error=error.get("what"), hint=error.get("hint"))
+
+
+def _sized(name: str, policy: Policy) -> dict[str, Any]:
+    """The message that tells ``policy``. One that is too large must not stand in the way of all others at every
+    hello: it goes without its CA bundle, which is all that can be so large; then no certificate is trusted."""
+    message = {"type": "policy", "name": name, "policy": msgspec.to_builtins(policy)}
+    try:
+        pack({**message, "id": 2**63})
+    except MessageError as error:
+        log.error("policy_too_large", provider=name, cause=str(error), hint="use a smaller ca_file")
+        message["policy"] = msgspec.to_builtins(msgspec.structs.replace(policy, ca="too large"))
+    return message
 
 
 def _put(entry: SlotEntry) -> dict[str, Any]:

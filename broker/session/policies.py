@@ -12,6 +12,7 @@ from broker.config import Config, ProviderConfig
 from broker.errors import CortexError
 from broker.gateway.link import GatewayLink
 from broker.gateway.policy import CacheRule, CacheStore, Limit, Limits, Policy
+from broker.gateway.routes import credential_line
 from broker.host.tasks import TaskOwner
 from broker.session.providers import SecretFiles, read_ca
 
@@ -76,7 +77,7 @@ class Policies:
                 ca = await asyncio.to_thread(read_ca, name, Path(provider.ca_file))
             except CortexError as error:
                 log.error("ca_file_unreadable", provider=name, error=str(error))
-        return policy_of(provider, tuple(key for key in keys if key), ca)
+        return policy_of(provider, tuple(key for key in keys if key and _fit(name, provider, key)), ca)
 
     async def _secret(self, whose: str, setting: str, path: str) -> str:
         """ "" where it cannot be read: the others still serve."""
@@ -87,6 +88,16 @@ class Policies:
         except CortexError as error:
             log.error("key_file_unreadable", setting=setting, error=str(error))
             return ""
+
+
+def _fit(name: str, provider: ProviderConfig, key: str) -> bool:
+    """The key can be sent. The gateway would refuse all policies for one that cannot."""
+    try:
+        credential_line(name, provider.kind, key)
+    except CortexError as error:
+        log.error("key_unusable", provider=name, error=str(error))
+        return False
+    return True
 
 
 def policy_of(provider: ProviderConfig, keys: tuple[str, ...], ca: str) -> Policy:

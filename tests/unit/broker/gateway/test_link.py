@@ -20,6 +20,7 @@ from broker.errors import Code, CortexError
 from broker.gateway import link as link_module
 from broker.gateway.link import Egress, GatewayLink
 from broker.gateway.messages import MAX_PACKET, VERSION, SlotEntry, entry_to_wire, pack
+from broker.gateway.policy import CacheStore, Policy
 from broker.host.tasks import TaskOwner
 from broker.metrics import GATEWAY_EVENTS
 
@@ -94,6 +95,20 @@ async def test_garbage_ends_that_connection_and_the_next_is_served(link: Gateway
     await link.wait_connected(5)
     assert [message["type"] for message in told] == ["settings", "policies", "ping"]
     good.close()
+
+
+async def test_a_policy_that_is_too_large_stands_in_nobodys_way(link: GatewayLink) -> None:
+    small = Policy(kind="openai", upstreams=("http://h",))
+    large = Policy(kind="openai", upstreams=("http://h",), max_fails=7, ca="x" * MAX_PACKET)
+    link.set_policies({"large": large, "small": small}, CacheStore())
+    peer = Peer(link.path)
+    told = await peer.greet()
+    await link.wait_connected(5)
+    assert [message["type"] for message in told] == ["settings", "policy", "policy", "policies", "ping"]
+    policy = told[1]["policy"]
+    assert (told[1]["name"], policy["max_fails"]) == ("large", 7), "its limits hold"
+    assert policy["ca"] not in ("", large.ca), "and no server is trusted that the bundle might not name"
+    peer.close()
 
 
 async def test_a_second_gateway_is_turned_away(link: GatewayLink) -> None:

@@ -70,6 +70,18 @@ def test_nonsense_is_refused(wrong: dict[str, Any]) -> None:
         policies_from_wire({"p": wrong})
 
 
+async def test_a_key_that_cannot_be_sent_costs_only_itself(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.write_text("sk-1\n")
+    bad.write_text("sk-2\nsk-3\n")
+    section = {"kind": "openai", "base_url": "http://h", "credential_files": [str(bad), str(good)]}
+    config = Config.model_validate({"gateway": {"providers": {"p": section}}})
+    gateway, tasks = Gateway(), TaskOwner("test")
+    await Policies(cast(GatewayLink, gateway), lambda: config, tasks).start()
+    assert gateway.told[0][0]["p"].keys == ("sk-1",)
+    await tasks.close()
+
+
 async def test_keys_are_read_again_when_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies, "LOOK_S", 0.01)
     one, two = tmp_path / "one", tmp_path / "two"
