@@ -25,23 +25,26 @@ pytestmark = [
 
 
 CODEX_WEBSOCKET = replace(CODEX, name="codex-websocket")
-"""With its built-in provider, which prefers a WebSocket for the whole conversation."""
-BUILT_IN = """
+"""One WebSocket for the whole conversation. Its built-in provider would have it too, but then each turn waits for
+chatgpt.com, which no list has."""
+WEBSOCKET = """
 [agents.codex-websocket]
 command = ["/opt/agents/bin/codex-acp"]
 provider = "openai"
 [agents.codex-websocket.env]
 OPENAI_API_KEY = "placeholder"
-DEFAULT_AUTH_REQUEST = '{"methodId": "api-key"}'
 INITIAL_AGENT_MODE = "permission-profile:sandboxed"
-CODEX_CONFIG = '{"openai_base_url": "{gateway}/openai/v1"}'
+CODEX_CONFIG = '''
+{"model_provider": "cortex", "model_providers": {"cortex": {"name": "Cortex", "base_url": "{gateway}/openai/v1",
+ "env_key": "OPENAI_API_KEY", "wire_api": "responses", "supports_websockets": true}}}
+'''
 """
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world() -> AsyncIterator[tuple[BrokerProcess, StandIn]]:
     need_agents("claude-agent-acp", "codex-acp", "codex", "gemini", "opencode")
-    async with broker_and_stand_in(BUILT_IN) as both:
+    async with broker_and_stand_in(WEBSOCKET) as both:
         yield both
 
 
