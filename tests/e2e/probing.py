@@ -50,14 +50,19 @@ MODEL_URL = "{{gateway}}/anthropic"
 
 @asynccontextmanager
 async def probed(
-    directory: Path, driver: str, *, oauth: str = "", env: Mapping[str, str] | None = None
+    directory: Path, driver: str, *, oauth: str = "", env: Mapping[str, str] | None = None, more: str = ""
 ) -> AsyncIterator[tuple[BrokerProcess, StandIn]]:
-    """A broker with a vault, and the provider behind it."""
+    """A broker with a vault, and the provider behind it, at PROVIDER in ``more`` too, which is settings."""
     if driver == "process" and process_config():
         missing("no bubblewrap here: there is no vault without isolation")
     async with (
         stand_in() as provider,
-        running(directory, driver, config(directory, provider.url, oauth=oauth), env=env) as broker,
+        running(
+            directory,
+            driver,
+            config(directory, provider.url, oauth=oauth) + more.replace("PROVIDER", provider.url),
+            env=env,
+        ) as broker,
     ):
         yield broker, provider
 
@@ -68,10 +73,11 @@ class Cli:
     def __init__(self, agent: Any, session: str, client: Client, provider: StandIn) -> None:
         self._agent, self._session, self._client, self._provider = agent, session, client, provider
 
-    async def call(self, headers: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Calls the model with ``headers``; those that the provider got."""
+    async def call(self, headers: Mapping[str, str] | None = None, at: str = "anthropic") -> dict[str, str]:
+        """Calls the model with ``headers``, of provider ``at``; those that the provider got."""
         await self._provider.forget()
-        script = _CALL.replace("HEADERS", repr({"content-type": "application/json", **(headers or {})}))
+        script = _CALL.replace('["MODEL_URL"]', f'["MODEL_URL"].replace("/anthropic", "/{at}")')
+        script = script.replace("HEADERS", repr({"content-type": "application/json", **(headers or {})}))
         said = await self.run(f"echo {base64.b64encode(script.encode()).decode()} | base64 -d | python3 -")
         assert "200" in said, said
         (request,) = await self._provider.requests("anthropic")

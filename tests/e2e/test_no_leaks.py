@@ -23,12 +23,12 @@ from tests.e2e.probing import OPERATORS, Cli, cli, probed, token_endpoint
 
 pytestmark = pytest.mark.timeout(180)
 
-KEY, ACCESS, REFRESH, RENEWED, ROTATED, FILE, REFUSED = (
+KEY, ACCESS, REFRESH, RENEWED, ROTATED, FILE, REFUSED, POOLED, REDIS = (
     f"planted {name} 5d81c0b7e2".replace(" ", "-")
-    for name in ("key", "access", "refresh", "renewed", "rotated", "file", "refused")
+    for name in ("key", "access", "refresh", "renewed", "rotated", "file", "refused", "pooled", "redis")
 )
-ALL = (KEY, ACCESS, REFRESH, RENEWED, ROTATED, FILE, REFUSED, OPERATORS)
-OWN_FILES = {"vault.key", "operators.key", "installation.key", "admin.token", "hook.secrets"}
+ALL = (KEY, ACCESS, REFRESH, RENEWED, ROTATED, FILE, REFUSED, POOLED, REDIS, OPERATORS)
+OWN_FILES = {"vault.key", "operators.key", "pooled.key", "redis.key", "installation.key", "admin.token", "hook.secrets"}
 
 
 def shapes(secret: str) -> Iterator[bytes]:
@@ -110,7 +110,8 @@ class Answers:
     async def everything(self) -> None:
         """All that can be read."""
         for path in (
-            *("/v1/sessions", "/v1/vault", "/metrics", "/readyz?verbose", "/v1/openapi.json", "/v1/pool"),
+            *("/v1/sessions", "/v1/vault", "/metrics", "/readyz?verbose", "/v1/openapi.json", "/v1/pool", "/v1/usage"),
+            "/v1/users/ann/egress",
             *(f"/v1/users/{user}/credentials" for user in ("ann", "bob", "cal")),
             *(f"/v1/users/{user}/credentials/anthropic" for user in ("ann", "bob", "cal")),
             *(f"/v1/sessions/{user}/main{rest}" for user in ("ann", "bob", "cal") for rest in ("", "/timeline")),
@@ -130,9 +131,34 @@ async def plant(answers: Answers) -> None:
     await answers.ask("PUT", credential("cal"), {"kind": "file", "value": {"token": FILE}})
 
 
+def operators(directory: Path) -> str:
+    """Settings with secrets of the operator's that the gateway is told with its policies; Redis is not there."""
+    for name, secret in (("pooled", POOLED), ("redis", REDIS)):
+        path = directory / f"{name}.key"
+        path.write_text(secret)
+        path.chmod(0o600)
+    return f"""
+[gateway.cache]
+backend = "redis"
+redis_url = "redis://127.0.0.1:1/0"
+redis_password_file = "{directory}/redis.key"
+[gateway.providers.pooled]
+kind = "anthropic"
+base_url = "PROVIDER/anthropic"
+credential_files = ["{directory}/pooled.key"]
+coalesce = true
+[gateway.providers.pooled.cache]
+enabled = true
+with_randomness = true
+[gateway.providers.pooled.limits.credential]
+rpm = 1000
+"""
+
+
 async def use(ann: Cli, bob: Cli, cal: Cli) -> None:
     """Each reaches the provider, or the sandbox's CLI."""
     assert (await ann.call())["x-api-key"] == KEY
+    assert (await ann.call(at="pooled"))["x-api-key"] == POOLED
     assert (await bob.call())["authorization"] == f"Bearer {RENEWED}"
     # Not printed: what an agent says is the user's conversation.
     assert "1" in await cal.run("grep -c planted ~/.cli/auth.json")
@@ -177,7 +203,7 @@ async def test_no_secret_is_anywhere_but_where_it_belongs(place: Path, driver: s
     debug = {"CORTEX_BROKER__LOG_LEVEL": "debug"}
     async with (
         token_endpoint(answer) as (url, asked),
-        probed(place, driver, oauth=url, env=debug) as (broker, provider),
+        probed(place, driver, oauth=url, env=debug, more=operators(place)) as (broker, provider),
     ):
         answers = Answers(broker)
         await plant(answers)
@@ -215,6 +241,7 @@ async def test_no_secret_is_anywhere_but_where_it_belongs(place: Path, driver: s
     assert in_files(place) == {}
     assert found_in(broker.log_path.read_bytes()) == ""
     assert len(broker.log_events()) > 30
+    assert "redis_gone" in broker.log_path.read_text(), "the password was to be used"
 
 
 def test_what_is_planted_would_be_found(tmp_path: Path) -> None:
