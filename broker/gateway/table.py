@@ -81,7 +81,8 @@ class SlotState:
         self._context = context
         self._listeners: list[Listener] = []
         self.out = WayOut(entry.slot, context)
-        self._arriving = 0
+        self.arriving: set[SlotFace] = set()
+        """Accepted, and not yet among ``connections``."""
         self.update(entry)
 
     def update(self, entry: SlotEntry) -> None:
@@ -135,13 +136,13 @@ class SlotState:
 
     def _accepted(self, sock: socket.socket, kind: FaceKind) -> None:
         limit = self._context.settings.max_connections_per_sandbox
-        if len(self.connections) + self._arriving >= limit:
+        if len(self.connections) + len(self.arriving) >= limit:
             self._context.stats.refused += 1
             _turn_away(sock, answers.answer(answers.too_many(limit), close=True))
             return
         incarnation = self.entry.incarnation if self.entry is not None else -1
         face = SlotFace(self, kind, incarnation, self._context)
-        self._arriving += 1
+        self.arriving.add(face)
         self._context.tasks.start(self._serve(sock, face), "accept", on_error=_lost_early)
 
     async def _serve(self, sock: socket.socket, face: SlotFace) -> None:
@@ -149,7 +150,7 @@ class SlotState:
         try:
             await loop.connect_accepted_socket(lambda: Connection(face, self._context), sock)
         finally:
-            self._arriving -= 1
+            self.arriving.discard(face)
 
 
 class SlotFace:
@@ -171,6 +172,7 @@ class SlotFace:
         return egress_way(head, self._state.out)
 
     def opened(self, connection: Held) -> None:
+        self._state.arriving.discard(self)
         self._state.connections.add(connection)
         self._context.stats.connections += 1
 

@@ -121,5 +121,3 @@ async def observed(*, strange: bool = False, **settings: Any) -> AsyncIterator[O
     async with rig(Made, **settings) as made:
         assert isinstance(made, ObservedRig)
         yield made
-
-
