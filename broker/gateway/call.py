@@ -105,14 +105,13 @@ class Call:
         """Body of the request; ``done``: this was the last of it."""
         if self._ended:
             return
-        if self._meter is not None:
-            self._meter.request(pieces)
         self._body.take(pieces, done)
         upstream = self._upstream
         if upstream is not None:
             upstream.write(self._body.framed(pieces))
             upstream.request_done = done
             self._body.written()
+            self._body.read_by(self._meter)
         elif self._gathering:
             if self._body.size > MAX_REPLAY:
                 self._gathering = False
@@ -281,6 +280,7 @@ class Call:
         upstream.request_done = self._body.done
         if self._out.down.congested:
             upstream.hold(True)
+        self._body.read_by(self._meter)
 
     def _welcome(self) -> None:
         """Asks for the body, where the sandbox waits to be asked; once."""
@@ -487,6 +487,7 @@ class Call:
     def _account(self, outcome: Outcome) -> None:
         if self._meter is None or self._caller is None:
             return
+        self._body.read_by(self._meter)
         usage = self._meter.finish()
         self._release(usage.tokens)
         now = self._context.clock()

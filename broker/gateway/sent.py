@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from broker.gateway.breaker import Outcome
 from broker.gateway.framing import LAST_CHUNK, chunk
+from broker.gateway.meter import Meter
 from broker.gateway.plan import Plan
 from broker.gateway.routes import Spot
 
@@ -14,7 +15,7 @@ MAX_REPLAY = 2**20
 class RequestBody:
     """The body of a request as it comes. ``replayable``: all that came so far is still here."""
 
-    __slots__ = ("_chunked", "_pieces", "done", "replayable", "size")
+    __slots__ = ("_chunked", "_pieces", "_unread", "done", "replayable", "size")
 
     def __init__(self, *, chunked: bool, done: bool) -> None:
         self.size = 0
@@ -22,13 +23,21 @@ class RequestBody:
         self.replayable = True
         self._chunked = chunked
         self._pieces: list[bytes] = []
+        self._unread: list[bytes] = []
 
     def take(self, pieces: list[bytes], done: bool) -> None:
         """More of it; ``done``: this was the last."""
         self.done = done
         self.size += sum(map(len, pieces))
+        self._unread += pieces
         if self.replayable:
             self._pieces += pieces
+
+    def read_by(self, meter: Meter | None) -> None:
+        """Shows it what it has not seen: once it is on its way, for that takes longer than sending it."""
+        unread, self._unread = self._unread, []
+        if meter is not None:
+            meter.request(unread)
 
     def whole(self) -> bytes:
         """All of it, while ``replayable``."""
