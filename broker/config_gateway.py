@@ -165,6 +165,9 @@ class BudgetsConfig(Section):
 class GatewayConfig(Section):
     mode: Literal["child", "external"] = Field("child", description="Started by serve, or a unit of its own.")
     link: str = Field("{runtime_dir}/gateway.sock", description="Socket on which the broker awaits the gateway.")
+    user: str = Field(
+        "", description="User that an external gateway runs as, in a group with the broker. Empty: the broker's own."
+    )
     connect_timeout_s: Seconds = Field(10.0, description="Connecting to a provider or an allowed host.")
     idle_timeout_s: Seconds = Field(600.0, description="A connection on which nothing moves is closed.")
     max_head_bytes: Bytes = Field(64 * 2**10, description="Largest request or response head.")

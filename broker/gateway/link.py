@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pwd
 import socket
 import struct
 from collections import deque
@@ -62,8 +63,8 @@ class GatewayLink:
 
     ``path``: where to listen (``gateway.link``); ``settings`` gives the current section;
     ``on_report`` hears what the gateway tells by itself (refused hosts, usage) as JSON-safe
-    facts with ``kind``; it must not block. Only processes of the broker's own user, or
-    root's, are taken for a gateway.
+    facts with ``kind``; it must not block. Only processes of the broker's own user, of
+    root, or of ``gateway.user`` are taken for a gateway.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class GatewayLink:
         self._on_report = on_report
         self._wishes = Wishes()
         self._whole = False
+        self._users: set[int] = set()
         self._listener: socket.socket | None = None
         self._peer: PacketSocket | None = None
         self._told = asyncio.Event()
@@ -107,8 +109,10 @@ class GatewayLink:
     # -- life
 
     async def start(self) -> None:
-        """Listens (0600, a stale file replaced). Does not wait for a gateway."""
-        self._listener = _listen(self.path)
+        """Listens (0600, for a gateway of another user 0660; a stale file replaced). Does not wait for a gateway."""
+        user = self._settings().user
+        self._users = {0, os.geteuid()} | ({_uid(user)} if user else set())
+        self._listener = _listen(self.path, 0o660 if user else 0o600)
         asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
         self._tasks.start(self._ping(), "gateway_ping")
 
@@ -217,7 +221,7 @@ class GatewayLink:
             log.debug("gateway_accept_failed", error=error.strerror)
             return
         pid, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        if uid not in (0, os.geteuid()) or self._peer is not None:
+        if uid not in self._users or self._peer is not None:
             log.warning("gateway_refused", pid=pid, uid=uid, reason="user" if self._peer is None else "second")
             sock.close()
             return
@@ -352,7 +356,16 @@ class GatewayLink:
         show_providers(self.view["providers"])
 
 
-def _listen(path: Path) -> socket.socket:
+def _uid(user: str) -> int:
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError as error:
+        raise CortexError(
+            Code.BAD_CONFIG, f"There is no user {user!r}", hint="set gateway.user to the user that the gateway runs as"
+        ) from error
+
+
+def _listen(path: Path, mode: int) -> socket.socket:
     """Binds beside ``path`` and moves the socket there, so that it is never open to others."""
     aside = path.with_name(path.name + ".new")
     if len(os.fsencode(aside)) > MAX_PATH:
@@ -364,7 +377,7 @@ def _listen(path: Path) -> socket.socket:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         aside.unlink(missing_ok=True)
         sock.bind(str(aside))
-        aside.chmod(0o600)
+        aside.chmod(mode)
         sock.listen(4)
         sock.setblocking(False)
         aside.rename(path)

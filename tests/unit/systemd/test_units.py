@@ -59,6 +59,8 @@ def test_the_environment_of_the_unit_is_valid_and_names_its_sockets() -> None:
     assert config.front.listen == f"systemd:{values('cortex.socket', 'FileDescriptorName')[0]}"
     assert config.control.listen == f"systemd:{values('cortex-control.socket', 'FileDescriptorName')[0]}"
     assert config.gateway.mode == "external"
+    assert [config.gateway.user] == values("cortex-gateway.service", "User")
+    assert values("cortex-gateway.service", "SupplementaryGroups") == values("cortex.service", "Group")
     assert config.gateway.link in values("cortex-gateway.service", "ExecStart")
 
 

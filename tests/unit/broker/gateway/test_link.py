@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -80,6 +82,52 @@ def slot_fds() -> tuple[list[socket.socket], tuple[int, int]]:
 async def test_the_socket_is_for_its_owner_only(link: GatewayLink) -> None:
     assert stat.S_IMODE(os.stat(link.path).st_mode) == 0o600
     assert os.listdir(link.path.parent) == [link.path.name]
+
+
+OTHER = "nobody"
+HELLO = """
+import os, socket, sys
+os.setgid(int(sys.argv[2])), os.setgroups([]), os.setuid(int(sys.argv[3]))
+peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+peer.connect(sys.argv[1])
+try:
+    peer.send(b'{"type": "hello", "version": %s, "pid": 1}' % sys.argv[4].encode())
+    print("heard" if peer.recv(2**18) else "sent away")
+except ConnectionError:
+    print("sent away")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize(("user", "answer"), [("", "sent away"), (OTHER, "heard")])
+async def test_a_gateway_of_another_user_is_one_only_where_that_is_said(user: str, answer: str) -> None:
+    """As the shipped units have it: the broker's socket is its group's, and the gateway is in that group."""
+    directory = Path(tempfile.mkdtemp(prefix="gw"))
+    directory.chmod(0o750)
+    tasks = TaskOwner("test")
+    link = GatewayLink(directory / "gw.sock", tasks, settings=lambda: GatewayConfig(user=user))
+    await link.start()
+    if not user:
+        link.path.chmod(0o660)
+    peer = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", HELLO, str(link.path), "0", str(pwd.getpwnam(OTHER).pw_uid), str(VERSION)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(10):
+        said, _ = await peer.communicate()
+    assert said.decode().strip() == answer
+    await link.close()
+    await tasks.close()
+    shutil.rmtree(directory)
+
+
+async def test_a_user_that_does_not_exist_is_said(tmp_path: Path) -> None:
+    tasks = TaskOwner("test")
+    link = GatewayLink(tmp_path / "gw.sock", tasks, settings=lambda: GatewayConfig(user="no-such-user"))
+    with pytest.raises(CortexError, match="no-such-user") as caught:
+        await link.start()
+    assert "gateway.user" in caught.value.hint
+    await tasks.close()
 
 
 @pytest.mark.parametrize(
