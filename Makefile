@@ -55,7 +55,7 @@ $(VENV)/bin/python:
 $(VENV)/.runtime: requirements.txt requirements-build.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) -r requirements-build.txt -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -m compileall -q sandbox_agent
+	@$(BIN)/python -m compileall -q broker sandbox_agent
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
