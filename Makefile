@@ -21,7 +21,8 @@ demo: $(VENV)/.runtime ## One session with the built-in agent; PROMPT='…' for 
 export PROMPT
 
 test: $(VENV)/.dev ## Runs every test that this machine can run (Docker tests where Docker answers).
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/integration
+	$(BIN)/python -m pytest -q tests/e2e
 
 check: $(VENV)/.dev ## Lints, types, import contracts, and the sample configuration.
 	$(BIN)/ruff check .

@@ -28,6 +28,8 @@ async def test_a_created_session_becomes_ready_by_itself() -> None:
             "user": "ann",
             "workspace": "main",
             "session": session.id,
+            "agent": "demo",
+            "team": "",
         }
 
 

@@ -28,7 +28,9 @@ async def test_a_sandbox_outlives_the_broker_and_is_taken_over() -> None:
         assert world.box is before
         assert (world.calls("create"), world.calls("start")) == (1, 1)
         assert len(before.binds) == 1
-        assert world.gateway.slots[before.spec.slot][0] == {"user": "ann", "workspace": "main", "session": session.id}
+        assert world.gateway.slots[before.spec.slot][0] == {
+            "user": "ann", "workspace": "main", "session": session.id, "agent": "demo", "team": "",
+        }  # fmt: skip
         (timeline,) = again.timeline()
         assert (timeline["path"], timeline["outcome"]) == ("adopted", "ready")
         back = Client()

@@ -71,6 +71,7 @@ def test_comments_and_blank_lines_are_no_keys(tmp_path: Path) -> None:
         (b"".join(line() for _ in range(MAX_KEYS + 1)), "more than"),
         (b"#" * 20_000, "no key"),
     ],
+    ids=["empty", "comment", "cut", "second cut", "binary", "short", "too many", "long comment"],
 )
 def test_a_file_that_is_damaged_or_cut_is_refused_and_stays_as_it_is(tmp_path: Path, text: bytes, why: str) -> None:
     path = tmp_path / "k"
