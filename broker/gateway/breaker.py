@@ -1,7 +1,7 @@
 """Whether one server of a provider is asked: failures in a row open it, one call tries it again. Pure.
 
 closed ── max_fails in a row ──► open ── its rest is over ──► half open ── the trial succeeds ──► closed
-                                  ▲                               └── the trial fails: a longer rest ──┐
+                                  ▲                               └── the trial fails: the same rest ──┐
                                   └────────────────────────────────────────────────────────────────────┘
 """
 
@@ -13,8 +13,6 @@ State = Literal["closed", "open", "half_open"]
 Outcome = Literal["ok", "failed", "neutral"]
 """``neutral``: says nothing of the server, as when the client went away."""
 
-MAX_DOUBLINGS = 3
-"""A rest is at most 2 ** 3 times ``fail_timeout_s``."""
 UNHEARD = -1
 """Ticket of a call whose outcome changes nothing."""
 
@@ -24,11 +22,11 @@ class Breaker:
     calls that count now. Times are in seconds."""
 
     __slots__ = (
-        "_doublings",
         "_fail_timeout_s",
         "_max_fails",
         "_probed_dead",
         "_trial",
+        "_trial_failed",
         "_tripped",
         "fails",
         "term",
@@ -43,7 +41,7 @@ class Breaker:
         self.term = 0
         self._tripped = False
         self._trial = False
-        self._doublings = 0
+        self._trial_failed = False
         self._probed_dead = False
 
     @property
@@ -98,22 +96,22 @@ class Breaker:
             self._probed_dead = True
             if now >= self.until:
                 self._failed(now)
-        elif self._probed_dead or not self._doublings:
+        elif self._probed_dead or not self._trial_failed:
             self.until = min(self.until, now)
 
     def _failed(self, now: float) -> None:
         self.fails += 1
         if self._tripped:
-            self._doublings = min(self._doublings + 1, MAX_DOUBLINGS)
+            self._trial_failed = True
         elif self.fails < self._max_fails:
             return
         else:
             self._tripped = True
             self._probed_dead = False
         self.term += 1
-        self.until = now + self._fail_timeout_s * 2**self._doublings
+        self.until = now + self._fail_timeout_s
 
     def _close(self) -> None:
         self._tripped = False
-        self._doublings = 0
+        self._trial_failed = False
         self.fails = 0

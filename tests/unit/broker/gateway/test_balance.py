@@ -173,7 +173,7 @@ class Life(RuleBasedStateMachine):
     def there_is_always_a_time(self) -> None:
         at = self.balance.retry_at(self.now)
         assert (at is None) == (self.balance.pick(self.now) is not None)
-        assert at is None or self.now < at <= self.now + 8 * REST
+        assert at is None or self.now < at <= self.now + REST
 
 
 TestLife = Life.TestCase

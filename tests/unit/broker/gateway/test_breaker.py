@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from broker.gateway.breaker import MAX_DOUBLINGS, Breaker, Outcome
+from broker.gateway.breaker import Breaker, Outcome
 
 REST = 60.0
 
@@ -47,13 +47,13 @@ def test_one_trial_at_a_time() -> None:
     assert breaker.fails == 0
 
 
-def test_rests_double_up_to_a_bound_and_begin_anew() -> None:
+def test_it_is_tried_again_after_every_rest_and_begins_anew() -> None:
     breaker, now, rests = opened(), 0.0, []
-    for _ in range(MAX_DOUBLINGS + 2):
+    for _ in range(4):
         rests.append(breaker.until - now)
         now = breaker.until
         call(breaker, now, "failed")
-    assert rests == [REST, 2 * REST, 4 * REST, 8 * REST, 8 * REST]
+    assert rests == [REST] * 4
     now = breaker.until
     call(breaker, now, "ok")
     for _ in range(3):
@@ -124,7 +124,7 @@ def test_a_probe_spares_a_call_the_trial() -> None:
     assert breaker.until == REST, "while it rests this is no news"
     breaker.told(REST, False)
     assert breaker.state(REST) == "open"
-    assert breaker.until == REST + 2 * REST
+    assert breaker.until == 2 * REST
 
 
 def test_a_trial_under_way_is_not_talked_over() -> None:
