@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from broker.errors import Code, CortexError
-from broker.gateway import faults
+from broker.gateway import faults, refusals
 from broker.gateway.accounting import record
 from broker.gateway.admission import Ticket, Waiting
 from broker.gateway.answers import CONTINUE
@@ -35,8 +35,7 @@ from broker.gateway.upstream import Upstream
 MAX_EARLY = 256 * 2**10
 """Body bytes kept before there is a connection; then the sandbox is held."""
 BYTES_PER_TOKEN = 4
-UNKNOWN_TOKENS = 1000
-"""Reserved for a body whose length is not said."""
+UNKNOWN_TOKENS = 1000  # reserved for a body whose length is not said
 _ELSEWHERE = frozenset((429, 500, 502, 503, 504, 529))
 """Answers after which another server, key or provider is asked, where there is one."""
 _REPEATABLE = frozenset((b"GET", b"HEAD", b"OPTIONS"))
@@ -145,12 +144,7 @@ class Call:
         """Nothing has moved for too long."""
         waited = self._upstream is not None and self._body.done and not self._out.down.congested
         self._leave("failed" if waited else "neutral")
-        self._break(faults.silent(self._route.name))
-
-    def spoil(self, error: CortexError) -> None:
-        """The request's body is malformed."""
-        self._leave("neutral")
-        self._break(error)
+        self.fail(faults.silent(self._route.name))
 
     # -- an answer that is there already, or about to be
 
@@ -194,7 +188,7 @@ class Call:
         if self._ended:
             return
         if self._out.begun:
-            self._break(faults.broken(self._route.name, why))
+            self.fail(faults.broken(self._route.name, why))
             return
         if self._lookup is not None:
             self._lookup.lost()
@@ -213,11 +207,10 @@ class Call:
             return
         self._entered = self._context.clock()
         try:
-            found = self._plan.admission.enter(
-                self._caller, self._route.payer(self._caller.user), tokens, self._granted, self._break, self._tried_keys
-            )
+            payer, tried = self._route.payer(self._caller.user), self._tried_keys
+            found = self._plan.admission.enter(self._caller, payer, tokens, self._granted, self._barred, tried)
         except CortexError as error:
-            self._break(error)
+            self._barred(error)
             return
         if isinstance(found, Ticket):
             self._granted(found)
@@ -225,6 +218,12 @@ class Call:
             self._waiting = found
             if self._body.size > MAX_EARLY:
                 self._out.down.hold(True)
+
+    def _barred(self, error: CortexError) -> None:
+        """Where the provider has asked for a pause another may answer; what is limited here is so everywhere."""
+        self._waiting = None
+        if not (refusals.is_pause(error) and self._fall_back()):
+            self.fail(error)
 
     def _granted(self, ticket: Ticket) -> None:
         self._waiting = None
@@ -240,7 +239,7 @@ class Call:
         spot = self._visit.begin(self._plan, now)
         if spot is None:
             if not self._fall_back():
-                self._break(faults.no_server(self._route.name, self._plan.balance.retry_at(now), now))
+                self.fail(faults.no_server(self._route.name, self._plan.balance.retry_at(now), now))
             return
         upstream = None if anew else self._context.pool.take(spot.origin)
         if upstream is not None:
@@ -259,7 +258,7 @@ class Call:
             )
             self._leave("neutral" if error.code is Code.UPSTREAM_BUSY else "failed")
             if not self._ended and (self._caller is None or not self._again()):
-                self._break(error if self._caller is None else faults.unreachable(self._route.name, error))
+                self.fail(error if self._caller is None else faults.unreachable(self._route.name, error))
             return
         self._task = None
         if self._ended:
@@ -430,7 +429,7 @@ class Call:
         self._leave("failed")
         if not self._out.begun and self._may_repeat() and self._again():
             return
-        self._break(faults.broken(self._route.name, why))
+        self.fail(faults.broken(self._route.name, why))
 
     def _may_repeat(self) -> bool:
         """A call to a model may be made twice; what a host on the way out was asked for may not."""
@@ -453,7 +452,7 @@ class Call:
         if ticket is not None:
             ticket.release(self._context.clock(), tokens)
 
-    def _break(self, error: CortexError) -> None:
+    def fail(self, error: CortexError) -> None:
         """An answer when nothing was sent yet; else a cut, so that no half response passes for a whole one."""
         if self._ended:
             return

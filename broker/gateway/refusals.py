@@ -52,6 +52,11 @@ def limited(name: str, block: Block, tokens: int, now: float, retry_s: float, wa
     )
 
 
+def is_pause(error: CortexError) -> bool:
+    """The provider asked for it; no limit of ours is in the way."""
+    return str(error.details.get("limit", "")).endswith(".pause")
+
+
 def crowded(name: str, waiting: int, retry_s: float) -> CortexError:
     """No more calls may wait."""
     retry = seconds(retry_s)

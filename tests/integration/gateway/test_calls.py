@@ -214,6 +214,22 @@ async def test_a_provider_that_stands_in(place: Place) -> None:
     assert record["provider"] == "q"
 
 
+async def test_a_stand_in_answers_while_the_first_has_asked_for_a_pause(place: Place) -> None:
+    place.servers[0].script = lambda number: (429, {"retry-after": "600"})
+    await place.use(p=place.policy(0, fallback=("q",), limits=Limits(wait_s=1)), q=place.policy(1, keys=("sk-q",)))
+    for _ in range(3):
+        assert (await place.ask())[1]["by"] == "b"
+    assert len(place.servers[0].keys) == 1
+
+
+async def test_no_stand_in_answers_what_is_over_a_limit(place: Place) -> None:
+    limits = Limits(sandbox=Limit(rpm=1), wait_s=0.1)
+    await place.use(p=place.policy(0, fallback=("q",), limits=limits), q=place.policy(1))
+    assert (await place.ask())[0] == 200
+    assert (await place.ask())[0] == 429
+    assert place.servers[1].keys == []
+
+
 async def test_a_large_body_is_sent_once(place: Place) -> None:
     place.servers[0].script = place.servers[1].script = lambda number: (500, {})
     await place.use(p=place.policy(0, 1, retries=3))
