@@ -29,13 +29,11 @@ from broker.gateway.meter import Meter
 from broker.gateway.outgoing import Outgoing
 from broker.gateway.records import Cached, Outcome
 from broker.gateway.routes import Route, Spot, passed, request_head, without_framing, without_keys
-from broker.gateway.sent import MAX_REPLAY, RequestBody, Visit
+from broker.gateway.sent import MAX_REPLAY, RequestBody, Visit, tokens
 from broker.gateway.upstream import Upstream
 
 MAX_EARLY = 256 * 2**10
 """Body bytes kept before there is a connection; then the sandbox is held."""
-BYTES_PER_TOKEN = 4
-UNKNOWN_TOKENS = 1000  # reserved for a body whose length is not said
 _ELSEWHERE = frozenset((429, 500, 502, 503, 504, 529))
 """Answers after which another server, key or provider is asked, where there is one."""
 _REPEATABLE = frozenset((b"GET", b"HEAD", b"OPTIONS"))
@@ -144,7 +142,12 @@ class Call:
         """Nothing has moved for too long."""
         waited = self._upstream is not None and self._body.done and not self._out.down.congested
         self._leave("failed" if waited else "neutral")
-        self.fail(faults.silent(self._route.name))
+        self._break(faults.silent(self._route.name))
+
+    def spoil(self, error: CortexError) -> None:
+        """The request's body is malformed."""
+        self._leave("neutral")
+        self._break(error)
 
     # -- an answer that is there already, or about to be
 
@@ -185,14 +188,12 @@ class Call:
 
     def shared_lost(self, why: str) -> None:
         """The other call failed; this one is made for itself where nothing was sent yet."""
-        if self._ended:
-            return
         if self._out.begun:
-            self.fail(faults.broken(self._route.name, why))
-            return
-        if self._lookup is not None:
-            self._lookup.lost()
-        self._enter()
+            self._break(faults.broken(self._route.name, why))
+        elif not self._ended:
+            if self._lookup is not None:
+                self._lookup.lost()
+            self._enter()
 
     def _cached(self) -> Cached:
         return self._lookup.cached if self._lookup is not None else ""
@@ -200,15 +201,15 @@ class Call:
     # -- admission
 
     def _enter(self) -> None:
-        length = self._head.length
-        tokens = UNKNOWN_TOKENS if length is None and self._head.chunked else (length or 0) // BYTES_PER_TOKEN
         if self._caller is None:
             self._send()
             return
         self._entered = self._context.clock()
         try:
             payer, tried = self._route.payer(self._caller.user), self._tried_keys
-            found = self._plan.admission.enter(self._caller, payer, tokens, self._granted, self._barred, tried)
+            found = self._plan.admission.enter(
+                self._caller, payer, tokens(self._head), self._granted, self._barred, tried
+            )
         except CortexError as error:
             self._barred(error)
             return
@@ -223,7 +224,7 @@ class Call:
         """Where the provider has asked for a pause another may answer; what is limited here is so everywhere."""
         self._waiting = None
         if not (refusals.is_pause(error) and self._fall_back()):
-            self.fail(error)
+            self._break(error)
 
     def _granted(self, ticket: Ticket) -> None:
         self._waiting = None
@@ -239,7 +240,7 @@ class Call:
         spot = self._visit.begin(self._plan, now)
         if spot is None:
             if not self._fall_back():
-                self.fail(faults.no_server(self._route.name, self._plan.balance.retry_at(now), now))
+                self._break(faults.no_server(self._route.name, self._plan.balance.retry_at(now), now))
             return
         upstream = None if anew else self._context.pool.take(spot.origin)
         if upstream is not None:
@@ -258,7 +259,7 @@ class Call:
             )
             self._leave("neutral" if error.code is Code.UPSTREAM_BUSY else "failed")
             if not self._ended and (self._caller is None or not self._again()):
-                self.fail(error if self._caller is None else faults.unreachable(self._route.name, error))
+                self._break(error if self._caller is None else faults.unreachable(self._route.name, error))
             return
         self._task = None
         if self._ended:
@@ -429,7 +430,7 @@ class Call:
         self._leave("failed")
         if not self._out.begun and self._may_repeat() and self._again():
             return
-        self.fail(faults.broken(self._route.name, why))
+        self._break(faults.broken(self._route.name, why))
 
     def _may_repeat(self) -> bool:
         """A call to a model may be made twice; what a host on the way out was asked for may not."""
@@ -447,12 +448,12 @@ class Call:
         """The call is no longer at a server."""
         self._visit.ended(self._plan, self._context.clock(), outcome)
 
-    def _release(self, tokens: int | None) -> None:
+    def _release(self, used: int | None) -> None:
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
-            ticket.release(self._context.clock(), tokens)
+            ticket.release(self._context.clock(), used)
 
-    def fail(self, error: CortexError) -> None:
+    def _break(self, error: CortexError) -> None:
         """An answer when nothing was sent yet; else a cut, so that no half response passes for a whole one."""
         if self._ended:
             return

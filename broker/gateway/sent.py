@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from broker.gateway.breaker import Outcome
 from broker.gateway.framing import LAST_CHUNK, chunk
+from broker.gateway.heads import RequestHead
 from broker.gateway.meter import Meter
 from broker.gateway.plan import Plan
 from broker.gateway.routes import Spot
 
 MAX_REPLAY = 2**20
 """Body bytes kept so that a call can be made again, or looked up; a larger body is sent once."""
+
+
+BYTES_PER_TOKEN = 4
+UNKNOWN_TOKENS = 1000
+"""Reserved for a body whose length is not said."""
+
+
+def tokens(head: RequestHead) -> int:
+    """About as many as a call will use."""
+    return UNKNOWN_TOKENS if head.length is None and head.chunked else (head.length or 0) // BYTES_PER_TOKEN
 
 
 class RequestBody:

@@ -170,7 +170,7 @@ class Connection(asyncio.Protocol):
             self._body = None
             self.closing_soon = True
             if self._call is not None:
-                self._call.fail(error)
+                self._call.spoil(error)
             self._linger()
             return b""
         if body.done:

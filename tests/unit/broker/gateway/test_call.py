@@ -171,7 +171,7 @@ async def test_a_sandbox_that_stops_in_the_middle_says_nothing_of_the_server() -
             call.start()
             if number == 1:
                 at.network.last.head(200)
-                call.fail(CortexError(Code.BAD_REQUEST, "Bad", hint="none"))
+                call.spoil(CortexError(Code.BAD_REQUEST, "Bad", hint="none"))
             elif number == 2:
                 at.network.last.head(200)
                 sandbox.congested = True
