@@ -243,8 +243,7 @@ async def test_what_could_be_neither_made_nor_put_away_goes_when_it_can(monkeypa
             patch.setattr(FakeDriver, "remove", refuses)
             here.world.engine.script = Script(start_error=engine_down())
             assert await here.ready("ann") == "generic_warm"
-            await until(lambda: here.agent()["stuck"] == 3)
-            assert here.agent()["short"] == "maximum"
+            await until(lambda: here.agent()["stuck"] == 3 and here.agent()["short"] == "maximum")
             assert "engine is down" in here.agent()["error"]
         here.world.engine.script = Script()
         await here.reaches(1, 1)
