@@ -71,6 +71,7 @@ class DockerDriver:
         self._pulling: asyncio.Task[None] | None = None
         self._follower: asyncio.Task[None] | None = None
         self._wakers: dict[str, set[asyncio.Event]] = {}
+        self._watches: dict[str, asyncio.Task[Exit]] = {}
 
     async def open(self) -> None:
         info = await self._engine.info(timeout_s=min(OPEN_TIMEOUT_S, self._config.call_timeout_s))
@@ -92,6 +93,8 @@ class DockerDriver:
             self._follower = self._tasks.start(self._follow(), "docker-events")
 
     async def close(self) -> None:
+        for watch in self._watches.values():
+            watch.cancel()
         if self._follower is not None:
             self._follower.cancel()
             with suppress(asyncio.CancelledError):
@@ -196,6 +199,14 @@ class DockerDriver:
                 raise self._engine.timed_out("remove", self._config.call_timeout_s) from error
 
     async def wait(self, ref: str) -> Exit:
+        # One watch a container, for as long as it lives: asking the engine anew costs whoever claims it a millisecond.
+        watch = self._watches.get(ref)
+        if watch is None:
+            watch = self._watches[ref] = self._tasks.start(self._watch(ref), f"docker-watch-{ref[:12]}")
+            watch.add_done_callback(lambda _: self._watches.pop(ref, None))
+        return await asyncio.shield(watch)
+
+    async def _watch(self, ref: str) -> Exit:
         with self._waker(ref) as waker:
             while True:
                 try:

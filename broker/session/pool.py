@@ -52,7 +52,8 @@ YIELD_S = 5.0
 """Users' starts go first for so long without a break; then one sandbox is made at a time beside them."""
 SLACK_S = 10.0
 """What the maker of a sandbox is given beyond its own deadline."""
-
+AFTER_CLAIM_S = 0.02
+"""Whoever has taken one is served before it is looked at what is lacking."""
 NONE_WANTED = PoolAgentConfig(minimum=0, target=0, maximum=0, hot=0)
 
 
@@ -219,7 +220,14 @@ class Pool:
         now = self._clock()
         if now >= self._not_before:
             self._not_before = now + self._runtime.config().pool.debounce_s
-        self._soon()
+        self._later(AFTER_CLAIM_S)
+
+    def _later(self, delay: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._started and not self._closed and (self._timer is None or self._timer.when() > loop.time() + delay):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_later(delay, self._look)
 
     def _look(self) -> None:
         """Decides, begins what was decided, and sets the timer for the next look."""
@@ -302,7 +310,7 @@ class Pool:
             self._soon()
         self._timer = None
         if times:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, min(times) - now), self._look)
+            self._later(max(0.0, min(times) - now))
 
     async def _tick(self) -> None:
         while True:

@@ -80,20 +80,26 @@ class Registry:
 
     async def create(self, user: str, workspace: str, agent: str | None) -> tuple[SessionPort, bool]:
         """Creates or loads, and starts its bring-up; the flag says created."""
-        session, created = await self._found(user, workspace, agent)
-        session.wake()
-        return session, created
+        return await self._found(user, workspace, agent, Session.wake)
 
     async def prewarm(
         self, user: str, workspace: str, agent: str | None = None, *, create: bool = False, announced: bool = False
     ) -> SessionPort:
         """Somebody will come, at any moment where that was ``announced``: has their session ready ahead. Raises
         ``NO_SESSION`` for one that there is not yet, unless it may ``create`` it."""
-        session = (await self._found(user, workspace, agent))[0] if create else await self._loaded(user, workspace)
-        session.prewarm(announced=announced)
+
+        def begin(session: Session) -> None:
+            session.prewarm(announced=announced)
+
+        if create:
+            return (await self._found(user, workspace, agent, begin))[0]
+        session = await self._loaded(user, workspace)
+        begin(session)
         return session
 
-    async def _found(self, user: str, workspace: str, agent: str | None) -> tuple[Session, bool]:
+    async def _found(
+        self, user: str, workspace: str, agent: str | None, begin: Callable[[Session], None]
+    ) -> tuple[Session, bool]:
         check_name("user id", user)
         check_name("workspace name", workspace)
         config = self._runtime.config()
@@ -108,13 +114,15 @@ class Registry:
             session = await self._load(user, workspace)
             created = session is None
             if session is None:
-                session = await self._new(user, workspace, agent or config.session.default_agent)
+                session = await self._new(user, workspace, agent or config.session.default_agent, begin)
         if agent is not None and agent != session.agent:
             raise CortexError(
                 Code.SESSION_CONFLICT,
                 f"the session exists with agent {session.agent!r}",
                 hint="use another workspace name, or delete the session first",
             )
+        if not created:
+            begin(session)
         return session, created
 
     async def load(self, user: str, workspace: str) -> SessionPort:
@@ -144,7 +152,8 @@ class Registry:
                 Code.SESSION_CONFLICT, "another node owns this user", hint="connect to any node; it relays to the owner"
             )
 
-    async def _new(self, user: str, workspace: str, agent: str) -> Session:
+    async def _new(self, user: str, workspace: str, agent: str, begin: Callable[[Session], None]) -> Session:
+        """Durable when it returns. Its bring-up does not wait for that: what it writes comes after the row."""
         now = self._clock()
         row = SessionRow(
             user=user,
@@ -161,8 +170,23 @@ class Registry:
             created_at=now,
             updated_at=now,
         )
-        await self._runtime.store.save(row)
-        return self._hold(row)
+        session = self._hold(row)
+        begin(session)
+        try:
+            await self._runtime.store.save(row)
+        except CortexError:
+            await self._forsake(session)
+            raise
+        return session
+
+    async def _forsake(self, session: Session) -> None:
+        """It could not be stored, so there is none. It stays in memory while its sandbox cannot be put away."""
+        try:
+            await session.retire()
+            await self._drop(session)
+            await self._runtime.store.delete(session.user, session.workspace)
+        except CortexError as error:
+            log.warning("session_not_forsaken", session=session.id, error=str(error), hint=error.hint)
 
     def _hold(self, row: SessionRow) -> Session:
         if row.agent not in self._runtime.config().agents:

@@ -36,6 +36,7 @@ from sandbox_agent.wire.messages import Bound, Hello, Refreshed, Status, Welcome
 log = structlog.get_logger(__name__)
 
 NO_ACTIVITY = NoActivity()
+FIRST_PROBE_S = 0.5
 PROBE_S = 5.0
 """How long an agent server may take to say how it is, and never longer than ``probe_interval_s``."""
 SEAL_S = 5.0
@@ -221,6 +222,8 @@ class Sandbox:
         A connection that is gone is the link's to judge; one that is paused is not asked.
         """
         missed = 0
+        # Whoever has waited for the sandbox comes first.
+        await asyncio.sleep(min(FIRST_PROBE_S, self.runtime.config().sandbox.probe_interval_s))
         while True:
             if self.paused:
                 self.resumed.clear()
@@ -301,7 +304,7 @@ class Sandbox:
         self.boot_hash = wanted.hashes["boot"]
         self.wanted = wanted
         limits = assembled.config.limits
-        await self._save_row()
+        await self.runtime.store.sandbox_save(self.row())
         spec = SandboxSpec(
             slot=self.slot.id,
             incarnation=self.incarnation,
@@ -317,7 +320,7 @@ class Sandbox:
         )
         self.asked = True
         self.ref = await self.runtime.driver.create(spec)
-        await self._save_row()
+        await self.runtime.store.sandbox_save(self.row())
         await self.runtime.driver.start(self.ref)
 
     async def pause(self) -> None:
@@ -332,9 +335,6 @@ class Sandbox:
             await self.runtime.driver.resume(self.ref)
             self.paused = False
             self.resumed.set()
-
-    async def _save_row(self) -> None:
-        await self.runtime.store.sandbox_save(self.row())
 
     def row(self) -> SandboxRow:
         """Its row, not yet welcomed."""

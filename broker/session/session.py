@@ -363,7 +363,6 @@ class Session:
         configuration.keep(prepared, generation)
         self._life.step(Event.READY, "")
         bringup.timeline.finish("ready")
-        log.info("session_ready", session=self.id, agent=self.agent, ms=round(bringup.timeline.total * 1000, 1))
         self._ends.watch(box)
         self._idling.came_up(adopted=bringup.timeline.path == ADOPTED)
         if configuration.dirty:
@@ -375,6 +374,7 @@ class Session:
             config_at=configuration.assembled_at,
             slot=box.slot.id,
         )
+        log.info("session_ready", session=self.id, agent=self.agent, ms=round(bringup.timeline.total * 1000, 1))
 
     async def adopt(self, box: Sandbox) -> asyncio.Task[None]:
         """Takes over a sandbox that outlived the last broker; the task ends when it is ready, or has failed."""

@@ -56,8 +56,10 @@ class Transaction:
 
     async def execute(self, sql: str, params: Params = ()) -> int:
         """Runs a statement; returns the number of rows it changed."""
-        async with self._connection.execute(sql, params) as cursor:
-            return cursor.rowcount
+        # Of a cursor's rowcount the worker thread would have to be asked twice.
+        before = self._connection.total_changes
+        await self._connection.execute_fetchall(sql, params)
+        return self._connection.total_changes - before
 
     async def query(self, sql: str, params: Params = ()) -> list[tuple[Any, ...]]:
         """Runs a statement that returns rows."""

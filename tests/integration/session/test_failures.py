@@ -362,6 +362,10 @@ async def test_a_full_disk_is_an_error_with_a_hint_and_ends_nothing_that_runs(sm
             await (await world.session("ann")).wait_ready()
         assert caught.value.code is Code.DISK_FULL
         assert "free space" in caught.value.hint
+        with pytest.raises(CortexError) as refused:
+            await world.session("cid")
+        assert refused.value.code is Code.DISK_FULL
+        assert world.registry.held("cid", "main") is None
         assert running.state == "ready"
         client = Client()
         running.attach(client)
@@ -369,5 +373,7 @@ async def test_a_full_disk_is_an_error_with_a_hint_and_ends_nothing_that_runs(sm
         full.unlink()
         await waiting.wait_ready()
         assert len(world.slots.ids()) == 2
+        _, created = await world.registry.create("cid", "main", None)
+        assert created
     finally:
         await world.close()

@@ -68,7 +68,7 @@ def test_a_claim_gets_the_hot_one_and_what_is_gone_is_made_up_for() -> None:
         assert not box.paused
         assert claims("hit") == hits + 1
         assert world.sizes() == {"paused": 1}
-        await asyncio.sleep(0.01)  # well within the debounce: waking is not making
+        await asyncio.sleep(0.03)  # well within the debounce: waking is not making
         assert world.sizes() == {"hot": 1}
         await asyncio.sleep(30)
         assert world.sizes() == {"hot": 1, "paused": 1}
@@ -466,6 +466,7 @@ def test_the_engine_goes_away_with_all_sandboxes_and_comes_back() -> None:
         world.engine.error = world.end_error = down()
         for box in list(world.warmer.made):
             await world.engine.end(box.ref)
+        await asyncio.sleep(0.1)
         assert world.take() is None
         await asyncio.sleep(120)
         assert world.take() is None
