@@ -94,6 +94,7 @@ async def test_a_stream_that_is_broken_off_is_told_once_to_those_who_wait() -> N
     begin = time.monotonic_ns()
     gone.connection_lost(None)
     assert [begin <= at <= time.monotonic_ns() for at in told(asking)] == [True]
+    assert told(early) == []
     another = connected(provider.Provider())
     another.data_received(load.post("/", {}, load.body(700, stream=True)))
     another.connection_lost(None)
