@@ -2,8 +2,8 @@
 
 Ours is the gateway process and the forwarder inside the sandbox. All have the same stand-in provider behind them and
 the same load in front; the provider's own time is measured in the same rounds. Parts: ``compare`` (calls and streams,
-one at a time and 64 at once), ``crowd`` (a hundred sandboxes), ``sessions`` (document 001), ``flood``, ``failover``
-and ``cache`` (document 004). ``--long``: more rounds, whole minutes.
+one at a time and 64 at once), ``gone`` (a client that leaves), ``crowd`` (a hundred sandboxes), ``sessions``
+(document 001), ``flood``, ``failover`` and ``cache`` (document 004). ``--long``: more rounds, whole minutes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from bench import lib
 from bench.gateway_faults import failover, repeating
+from bench.gateway_gone import gone
 from bench.gateway_load import crowd, flood, sessions
 from bench.gateway_rounds import TINY, Sizes, compare
 
@@ -27,6 +28,7 @@ def parts(report: lib.Report, *, long: bool, tiny: bool) -> dict[str, Callable[[
     if tiny:
         return {
             "compare": lambda: compare(report, 1, TINY),
+            "gone": lambda: gone(report, 2),
             "crowd": lambda: crowd(report, 1),
             "sessions": lambda: sessions(report, 3),
             "flood": lambda: flood(report, 5),
@@ -35,6 +37,7 @@ def parts(report: lib.Report, *, long: bool, tiny: bool) -> dict[str, Callable[[
         }
     return {
         "compare": lambda: compare(report, LONG_ROUNDS if long else ROUNDS, Sizes()),
+        "gone": lambda: gone(report),
         "crowd": lambda: crowd(report),
         "sessions": lambda: sessions(report, LONG_SESSIONS_S if long else SESSIONS_S),
         "flood": lambda: flood(report),

@@ -106,7 +106,7 @@ def arms(directory: str, notes: list[str]) -> Iterator[dict[str, Arm]]:
         stack.enter_context(provider(far))
         ours = stack.enter_context(cortex(directory, section(directory, [far])))
         found = {"direct": Arm((far,)), "cortex": ours, ALONE: Arm(ours.sockets, ours.pids[:1], ours.target)}
-        for name, start in (("nginx", nginx), ("haproxy", _haproxy), ("litellm", _litellm), ("portkey", _portkey)):
+        for name, start in (("nginx", nginx), ("haproxy", haproxy), ("litellm", _litellm), ("portkey", _portkey)):
             try:
                 arm = _started(start, stack, directory, far)
             except RuntimeError as error:
@@ -143,7 +143,7 @@ def _probe(found: dict[str, Arm], name: str, notes: list[str]) -> None:
 
 
 def nginx(stack: contextlib.ExitStack, directory: str, far: int) -> Arm | None:
-    """None: not installed."""
+    """None: not installed; the others too."""
     if not shutil.which("nginx"):
         return None
     port, config = lib.free_port(), Path(directory, "nginx.conf")
@@ -153,7 +153,7 @@ def nginx(stack: contextlib.ExitStack, directory: str, far: int) -> Arm | None:
     return Arm((port,), tree(process.pid))
 
 
-def _haproxy(stack: contextlib.ExitStack, directory: str, far: int) -> Arm | None:
+def haproxy(stack: contextlib.ExitStack, directory: str, far: int) -> Arm | None:
     if not shutil.which("haproxy"):
         return None
     port, config = lib.free_port(), Path(directory, "haproxy.cfg")
@@ -200,11 +200,11 @@ def quiet(argv: list[str]) -> list[str]:
     return ["sh", "-c", 'exec "$@" >/dev/null 2>&1', "sh", *argv]
 
 
-async def count(port: int) -> int:
-    """How many calls a stand-in provider has had."""
+async def ask(port: int, what: str) -> int:
+    """What a stand-in provider tells: ``count``, how many calls it has had, ``first``, when (monotonic ns)."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        writer.write(b"GET /count HTTP/1.1\r\nhost: x\r\n\r\n")
+        writer.write(b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n" % what.encode())
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), STOP_S)
         size = int(head.rpartition(b"content-length: ")[2].split()[0])
         return int(await reader.readexactly(size))

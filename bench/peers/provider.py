@@ -1,8 +1,10 @@
 """The stand-in provider of the gateway's benchmark, OpenAI's shape: ``python -m bench.peers.provider PORT``.
 
 Answers a POST with some 700 B of JSON, or, where its body asks to stream, with 20 events 10 ms apart; each says
-when it was sent (``time.monotonic_ns()``). A model ``think-N`` takes N ms before it answers. ``GET /count`` tells
-how many POSTs there were; any other GET is answered 200.
+when it was sent (``time.monotonic_ns()``). A model ``think-N`` takes N ms before it answers, ``every-N`` has its
+events N ms apart. ``GET /count`` tells how many POSTs there were, ``/first`` when the first of them was whole (0:
+none yet), ``/gone`` waits for the next stream that is broken off and tells when; any other GET is answered as
+``/count``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import re
 import sys
 import time
-from typing import cast
+from typing import ClassVar, cast
 
 import uvloop
 
@@ -23,6 +25,7 @@ LOOKED_AT = 65_536
 """So much of a body is searched for what it asks."""
 _STREAM = re.compile(rb'"stream"\s*:\s*true')
 _THINK = re.compile(rb"think-(\d+)")
+_EVERY = re.compile(rb"every-(\d+)")
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 
@@ -77,6 +80,9 @@ class Provider(asyncio.Protocol):
     """One connection, one request at a time."""
 
     served = 0
+    first_ns = 0
+    waiting: ClassVar[list[Provider]] = []
+    """Those that are to be told of the next stream that is broken off."""
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -85,6 +91,8 @@ class Provider(asyncio.Protocol):
         self._get = False
         self._asked = b""
         self._timer: asyncio.TimerHandle | None = None
+        self._every_s = EVERY_S
+        self._streaming = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -92,6 +100,13 @@ class Provider(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self in Provider.waiting:
+            Provider.waiting.remove(self)
+        if self._streaming:
+            gone, waiting = time.monotonic_ns(), list(Provider.waiting)
+            Provider.waiting.clear()
+            for other in waiting:
+                other._tell(gone)
 
     def data_received(self, data: bytes) -> None:
         if self._left < 0 and not self._chunked:
@@ -124,10 +139,15 @@ class Provider(asyncio.Protocol):
         asked, self._asked, self._buffer = self._asked, b"", b""
         self._left, self._chunked = -1, False
         if self._get:
-            body = b"%d" % Provider.served
-            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+            if asked.startswith(b"GET /gone "):
+                Provider.waiting.append(self)
+            else:
+                self._tell(Provider.first_ns if asked.startswith(b"GET /first ") else Provider.served)
             return
         Provider.served += 1
+        Provider.first_ns = Provider.first_ns or time.monotonic_ns()
+        every = _EVERY.search(asked, 0, 4096)
+        self._every_s = int(every[1]) / 1000 if every else EVERY_S
         think = _THINK.search(asked, 0, 4096)
         go = self._stream if _STREAM.search(asked) else self._answer
         if think:
@@ -135,22 +155,28 @@ class Provider(asyncio.Protocol):
         else:
             go()
 
+    def _tell(self, number: int) -> None:
+        body = b"%d" % number
+        self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+
     def _answer(self) -> None:
         self.transport.write(ANSWER)
 
     def _stream(self) -> None:
+        self._streaming = True
         self.transport.write(STREAM_HEAD + stamped(time.monotonic_ns()))
         self._next(1, asyncio.get_running_loop().time())
 
     def _next(self, number: int, begun: float) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_at(begun + number * EVERY_S, self._send, number, begun)
+        self._timer = loop.call_at(begun + number * self._every_s, self._send, number, begun)
 
     def _send(self, number: int, begun: float) -> None:
         if number < EVENTS:
             self.transport.write(stamped(time.monotonic_ns()))
             self._next(number + 1, begun)
         else:
+            self._streaming = False
             self.transport.write(STREAM_END)
 
 

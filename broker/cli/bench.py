@@ -16,7 +16,7 @@ from broker.errors import Code, CortexError
 
 
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="relay, bringup, claim, replay or gateway.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="relay, bringup, claim, replay, gateway or http2.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the list of targets.")] = False,
     long: Annotated[bool, typer.Option("--long", help="Also what takes longer than 9 minutes.")] = False,
     runs: Annotated[
@@ -39,11 +39,11 @@ def bench(
 def find(name: str) -> ModuleType:
     """The module ``bench.NAME`` of the source tree. Raises ``NOT_FOUND``."""
     root = Path(broker.__file__).parent.parent
-    if not re.fullmatch(r"[a-z][a-z_]*", name) or not (root / "bench" / f"{name}.py").is_file():
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or not (root / "bench" / f"{name}.py").is_file():
         raise CortexError(
             Code.NOT_FOUND,
             f"there is no benchmark {name[:40]!r} here",
-            hint="benchmarks are in the source tree only; names: relay, bringup, claim, replay, gateway",
+            hint="benchmarks are in the source tree only; names: relay, bringup, claim, replay, gateway, http2",
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))

@@ -59,6 +59,48 @@ def test_what_is_no_call_is_answered_with_the_count() -> None:
     assert side.transport.sent.endswith(b"\r\n\r\n%d" % provider.Provider.served)
 
 
+def told(side: Any) -> list[int]:
+    """The numbers in the answers to GETs."""
+    return [int(part.rpartition(b"\r\n\r\n")[2]) for part in side.transport.sent.split(b"HTTP/1.1 ")[1:]]
+
+
+def test_the_first_call_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider.Provider, "first_ns", 0)
+    asking, calling = connected(provider.Provider()), connected(provider.Provider())
+    asking.data_received(b"GET /first HTTP/1.1\r\n\r\n")
+    begin = time.monotonic_ns()
+    calling.data_received(load.post("/", {}, load.body(700)))
+    end = time.monotonic_ns()
+    calling.data_received(load.post("/", {}, load.body(700)))
+    asking.data_received(b"GET /first HTTP/1.1\r\n\r\n")
+    none_yet, first = told(asking)
+    assert none_yet == 0
+    assert begin <= first <= end
+
+
+async def test_a_stream_that_is_broken_off_is_told_once_to_those_who_wait() -> None:
+    asking, gone, whole = (connected(provider.Provider()) for _ in range(3))
+    early = connected(provider.Provider())
+    early.data_received(b"GET /gone HTTP/1.1\r\n\r\n")
+    early.connection_lost(None)
+    for side in (gone, whole):
+        side.data_received(load.post("/", {}, load.body(700, stream=True, model="every-50")))
+        assert side._every_s == 0.05
+    for number in range(1, provider.EVENTS + 1):
+        whole._send(number, 0.0)
+    asking.data_received(b"GET /gone HTTP/1.1\r\n\r\n")
+    whole.connection_lost(None)
+    assert told(asking) == told(early) == []
+    begin = time.monotonic_ns()
+    gone.connection_lost(None)
+    assert [begin <= at <= time.monotonic_ns() for at in told(asking)] == [True]
+    assert told(early) == []
+    another = connected(provider.Provider())
+    another.data_received(load.post("/", {}, load.body(700, stream=True)))
+    another.connection_lost(None)
+    assert len(told(asking)) == 1
+
+
 @given(st.lists(st.integers(0, 10_000)))
 def test_a_client_sees_an_answer_of_a_known_length(cuts: list[int]) -> None:
     side, ended = connected(load.Client()), []
