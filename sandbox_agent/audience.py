@@ -69,7 +69,7 @@ class Audience:
         self._closed = False
         self._empty = asyncio.Event()
         self._congested: asyncio.TimerHandle | None = None
-        self._tick = self._loop.call_later(self._tick_s, self._look)
+        self._tick: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
         """The journal is there."""
@@ -98,6 +98,8 @@ class Audience:
     def client_connected(self, client: Client) -> None:
         """Its stream is tied to the loop."""
         self._outbox.clients.add(client)
+        if self._tick is None:
+            self._tick = self._loop.call_later(self._tick_s, self._look)
         if self._journal.failed:
             client.close(1011, f"store.error: {self._journal.failed}")
         elif self._opened:
@@ -134,8 +136,8 @@ class Audience:
         return max(0.05, min(5.0, self._welcome.stall_timeout_s / 4))
 
     def _look(self) -> None:
-        """Closes who takes no byte, and who has been held for too long."""
-        self._tick = self._loop.call_later(self._tick_s, self._look)
+        """Closes who takes no byte, and who has been held for too long; while nobody is there it does not look."""
+        self._tick = self._loop.call_later(self._tick_s, self._look) if self._outbox.clients else None
         now = self._loop.time()
         ready = self._opened and (self._agent.ready or self._agent.broken)
         for client in list(self._outbox.clients):
@@ -154,7 +156,8 @@ class Audience:
     def stop(self) -> None:
         """Serves nobody any more."""
         self._closed = True
-        self._tick.cancel()
+        if self._tick is not None:
+            self._tick.cancel()
         if self._congested is not None:
             self._congested.cancel()
         self._empty.clear()

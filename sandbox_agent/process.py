@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from sandbox_agent import spawn
 from sandbox_agent.port import AgentHub
@@ -91,7 +91,6 @@ class AgentProcess:
         """The agent had failed for good; what is wanted now has all its restarts before it."""
         self._at_once = False
         """What runs was killed for what is wanted now; nobody waits for its death."""
-        self._dying: set[int] = set()
         self._stopping = False
         self._turns = 0
         self._policy = RestartPolicy(0)
@@ -143,10 +142,6 @@ class AgentProcess:
         self._wake.set()
         self._renew = self._renew or self.state == "failed"
         self._set("restarting")
-
-    def owns(self, pid: int) -> bool:
-        """Whether its end is awaited here."""
-        return pid == self.pid or pid in self._dying
 
     @property
     def upcoming(self) -> AgentSpec | None:
@@ -219,8 +214,7 @@ class AgentProcess:
             reason = await self._until_end(child, spec, stdio)
         finally:
             if self._at_once and self._exit is None:
-                self._dying.add(child.pid)
-                watch.let_go(lambda _: self._dying.discard(child.pid))
+                watch.let_go(lambda _: None)
             else:
                 watch.close()
             stdio.finish()
@@ -366,9 +360,13 @@ class ExitWatch:
     What is left of its process group is killed first, while its id cannot be anybody else's.
     """
 
+    awaited: ClassVar[set[int]] = set()
+    """Processes whose status somebody wants."""
+
     def __init__(self, child: spawn.Child, on_exit: Callable[[int], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._child = child
+        self.awaited.add(child.pid)
         self._on_exit: Callable[[int], None] | None = on_exit
         if child.pidfd >= 0:
             self._loop.add_reader(child.pidfd, self._reap)
@@ -377,6 +375,7 @@ class ExitWatch:
 
     def close(self) -> None:
         """Stops watching. Idempotent."""
+        self.awaited.discard(self._child.pid)
         self._on_exit = None
         if self._child.pidfd >= 0:
             self._loop.remove_reader(self._child.pidfd)
@@ -406,3 +405,16 @@ class ExitWatch:
         on_exit = self._on_exit
         self.close()
         on_exit(code)
+
+
+def reap_orphans() -> bool:
+    """As process 1: takes in the children that have ended and that nobody waits for. False: one that is waited for
+    stands before the others; ask again soon."""
+    try:
+        while (info := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if info.si_pid in ExitWatch.awaited:
+                return False
+            os.waitpid(info.si_pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
+    return True

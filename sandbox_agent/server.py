@@ -20,7 +20,7 @@ from sandbox_agent.credentials import CredentialFiles
 from sandbox_agent.forward import Forwarder
 from sandbox_agent.homefiles import UnsafePath, write_missing
 from sandbox_agent.port import AgentHub
-from sandbox_agent.process import AgentProcess
+from sandbox_agent.process import AgentProcess, reap_orphans
 from sandbox_agent.raw import RawClients, port_ready, refuse
 from sandbox_agent.servers import Multiplexer
 from sandbox_agent.spawn import fill
@@ -46,8 +46,7 @@ COUNTS_S = 0.25
 """How late the broker may learn of open turns and clients."""
 MAX_AGENT_INFO = 65_536
 """Characters."""
-REAP_EVERY_S = 2.0
-"""Only as process 1, where orphans become ours."""
+REAP_AGAIN_S = 0.1
 
 CACHE = ".cache/cortex/mcp"
 """Below HOME: what MCP servers had when they last ran."""
@@ -155,7 +154,9 @@ class Server:
         for forwarder in self.forwarders:
             await forwarder.start()
         if os.getpid() == 1:
-            loop.call_later(REAP_EVERY_S, self._reap)
+            # uvloop keeps this signal from add_signal_handler, for subprocesses that only builds have.
+            signal.signal(signal.SIGCHLD, lambda *_: loop.call_soon_threadsafe(self._reap))
+            self._reap()
         gc.collect()
         gc.freeze()  # what is imported stays: the collector need not look at it again
         grace = await self._stop
@@ -321,16 +322,9 @@ class Server:
             self.hub.serve(sock, attach)
 
     def _reap(self) -> None:
-        """Takes in orphans, never the agent: its own watch wants the status."""
-        asyncio.get_running_loop().call_later(REAP_EVERY_S, self._reap)
-        while not self._building:
-            try:
-                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if info is None or self.process.owns(info.si_pid):
-                return
-            os.waitpid(info.si_pid, os.WNOHANG)
+        """A build minds its own children."""
+        if not self._building and not reap_orphans():
+            asyncio.get_running_loop().call_later(REAP_AGAIN_S, self._reap)
 
 
 def _counted(said: Status, now: Status) -> Status:

@@ -273,7 +273,7 @@ async def test_the_wrong_kind_of_client_is_told(sandbox: Sandbox, broker: Broker
 async def test_as_process_1_it_takes_in_orphans_and_still_sees_its_agent_die(sandbox: Sandbox, broker: Broker) -> None:
     host.need_namespace("--pid")
     assert broker.welcome is not None
-    leaves_orphans = shell("(sleep 0.1 & sleep 0.2 &) ; exec {python} -I -S {sandbox_agent}/demo.py")
+    leaves_orphans = shell("(sleep 1 & sleep 1.1 &) ; exec {python} -I -S {sandbox_agent}/demo.py")
     broker.welcome = replace(broker.welcome, agent_spec=leaves_orphans)
     outside = await sandbox.start("unshare", "--pid", "--fork", "--kill-child")
     control = await broker.control()

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,3 +32,28 @@ def test_a_long_life_or_a_finished_turn_starts_the_count_anew() -> None:
     assert policy.died(1) == 0.2
     assert policy.died(STABLE_S) == 0.2
     assert policy.died(1) is None
+
+
+ORPHANS = """
+import asyncio, os, sys
+from sandbox_agent import spawn
+from sandbox_agent.process import ExitWatch, reap_orphans
+
+async def main():
+    seen = asyncio.get_running_loop().create_future()
+    awaited = spawn.spawn(["/bin/sh", "-c", "exit 5"], {}, "/")
+    watch = ExitWatch(awaited, seen.set_result)
+    nobodys = spawn.spawn(["/bin/sh", "-c", "exit 7"], {}, "/")
+    for child in (awaited, nobodys):
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    first = reap_orphans()
+    status = await asyncio.wait_for(seen, 10)
+    print(first, status, reap_orphans(), os.path.exists(f"/proc/{nobodys.pid}"))
+
+asyncio.run(main())
+"""
+
+
+def test_orphans_are_taken_in_but_a_status_that_somebody_wants_is_left_to_them() -> None:
+    ran = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=30, check=True)
+    assert ran.stdout.split() == ["False", "5", "True", "False"]
