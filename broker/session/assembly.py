@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from broker.config import Config
+from broker.config import Config, DefaultsConfig
 from broker.errors import Code, CortexError
 from broker.metrics import CONFIG_SOURCE
 from broker.session.sections import SECTIONS, SandboxConfig, assemble, validate
@@ -28,13 +28,14 @@ log = structlog.get_logger(__name__)
 class Assembled:
     """One assembled configuration. ``answers``: last good answer by source, kept for the next time.
 
-    ``origins`` names the strongest source of each section.
+    ``origins`` names the strongest source of each section. ``defaults``: those of config.toml that it stands on.
     """
 
     config: SandboxConfig
     answers: Mapping[str, Answer] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    defaults: DefaultsConfig | None = None
 
     def dump(self) -> bytes:
         """For the session's row."""
@@ -50,7 +51,10 @@ class Assembler:
         self._config = config
 
     async def assemble(self, user: str, last: Assembled | None) -> Assembled:
-        """Reads all sources at once, each within ``config_timeout_s``. Never raises for a failed source."""
+        """Reads all sources at once, each within ``config_timeout_s``. Never raises for a failed source.
+
+        ``last`` itself where nothing has changed since.
+        """
         kept = dict(last.answers) if last else {}
         results = await asyncio.gather(*(self._read(source, user, kept.get(source.name)) for source in self._sources))
         answers = dict(kept)
@@ -60,6 +64,13 @@ class Assembler:
                 answers[source.name] = result
             else:
                 warnings.append(str(result))
+        if (
+            last is not None
+            and not (warnings or last.warnings)
+            and answers == last.answers
+            and last.defaults is self._config().defaults
+        ):
+            return last
         return self._merge(answers, warnings, last)
 
     def generic(self) -> Assembled:
@@ -99,7 +110,8 @@ class Assembler:
 
     def _merge(self, answers: Mapping[str, Answer], warnings: list[str], last: Assembled | None) -> Assembled:
         origins = dict.fromkeys(SECTIONS, "defaults")
-        layers: list[Mapping[str, Any]] = [self._config().defaults.model_dump()]
+        defaults = self._config().defaults
+        layers: list[Mapping[str, Any]] = [defaults.model_dump()]
         checked: dict[str, Answer] = {}
         for source in self._sources:
             if source.name not in answers:
@@ -116,7 +128,7 @@ class Assembler:
             layers.append(sections)
             # Without its tag an answer that is in part wrong is read, and complained of, again.
             checked[source.name] = Answer(sections, answer.tag if len(warnings) == told else "")
-        return Assembled(assemble(*layers), checked, origins, tuple(warnings))
+        return Assembled(assemble(*layers), checked, origins, tuple(warnings), defaults)
 
     def _fits(
         self, source: str, section: str, value: dict[str, Any], below: list[Mapping[str, Any]], warnings: list[str]

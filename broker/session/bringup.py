@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import structlog
@@ -212,9 +212,7 @@ class BringUp:
         home = self.runtime.home_of(box.slot)
 
         async def make() -> Prepared:
-            early, _ = await both(
-                prepare(self.runtime, self.subject, first, home), claim.take_over(first, self.timeline)
-            )
+            early = await claim.take_over(first, self.timeline, prepare(self.runtime, self.subject, first, home))
             with self.timeline.stage("bind"):
                 await claim.bind(early.wanted, generation)
             with self.timeline.stage("agent"):
@@ -229,12 +227,20 @@ class BringUp:
 
     async def _newer(self, box: Sandbox, early: Prepared, fresh: Assembled | None, generation: int) -> Prepared:
         """Gives it what the sources say now, where that is another configuration than the cached one."""
-        if fresh is None:
-            return early
-        latest = await prepare(self.runtime, self.subject, fresh, self.runtime.home_of(box.slot))
-        await box.tell_gateway(fresh)
+        latest = await self._latest(box, early, fresh)
         if box.differing(latest.wanted):
             await self._settle(box, latest, generation)
+        return latest
+
+    async def _latest(self, box: Sandbox, early: Prepared, fresh: Assembled | None) -> Prepared:
+        """What the sources say now, prepared and told to the gateway."""
+        before = early.assembled
+        if fresh is None:
+            return early
+        if fresh.config == before.config and fresh.warnings == before.warnings:
+            return replace(early, assembled=fresh)
+        latest = await prepare(self.runtime, self.subject, fresh, self.runtime.home_of(box.slot))
+        await box.tell_gateway(fresh)
         return latest
 
     async def _cold(self, first: Assembled, incarnation: int, generation: int, cached: Assembled | None) -> Prepared:
@@ -253,10 +259,7 @@ class BringUp:
         with self.timeline.stage("packages"):
             early = await prepare(self.runtime, self.subject, first, home)
         _, fresh, _ = await together(self._launch(box, early), self._refresh(cached), self._gateway(box, first))
-        latest = early
-        if fresh is not None:
-            latest = await prepare(self.runtime, self.subject, fresh, home)
-            await box.tell_gateway(fresh)
+        latest = await self._latest(box, early, fresh)
         await or_exit(box, self._settle(box, latest, generation), "before it was ready")
         return latest
 

@@ -11,19 +11,20 @@ sandbox is told. A claim that fails is put away like any sandbox: the home goes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from broker.errors import Code, CortexError
-from broker.host.tasks import together
+from broker.host.tasks import both, together
 from broker.session.assembly import Assembled
 from broker.session.parts import Wanted
 from broker.session.sandbox import Owner, Sandbox, claim_part, journal_of
 from broker.session.timeline import Timeline
 from sandbox_agent.wire.messages import Status
 
+T = TypeVar("T")
 TAKE_OVER_S = 3.0
 """Longest that a claim may take until the bind; a cold start is the better bet then."""
 
@@ -61,15 +62,17 @@ class Claim:
         box.owner = replace(owner, home_key="")
         box.on_status, box.on_lost = on_status, on_lost
 
-    async def take_over(self, assembled: Assembled, timeline: Timeline) -> None:
-        """Row, home, journal and gateway are the owner's when it returns. Raises ``CortexError``."""
+    async def take_over(self, assembled: Assembled, timeline: Timeline, meanwhile: Coroutine[Any, Any, T]) -> T:
+        """Row, home, journal and gateway are the owner's when it returns what ``meanwhile`` did. Raises
+        ``CortexError``."""
         box = self._box
-        if box.failed is not None:
-            raise box.failed
         try:
             async with asyncio.timeout(TAKE_OVER_S):
                 with timeline.stage("claim"):
-                    await together(self._own(), box.tell_gateway(assembled), box.resume())
+                    # The row first: what the others compute is computed while it is written.
+                    rest = both(box.resume(), meanwhile)
+                    _, _, (_, done) = await together(self._own(), box.tell_gateway(assembled), rest)
+                    return done
         except TimeoutError as error:
             raise CortexError(
                 Code.BRINGUP_TIMEOUT,
@@ -79,6 +82,8 @@ class Claim:
 
     async def _own(self) -> None:
         box, owner, runtime = self._box, self._owner, self._box.runtime
+        if box.failed is not None:
+            raise box.failed
         if not await runtime.store.sandbox_claim(box.slot.id, box.incarnation, owner.user, owner.workspace):
             raise CortexError(
                 Code.SESSION_CONFLICT, f"slot {box.slot.id} is not to be claimed", hint="a cold start follows"

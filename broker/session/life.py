@@ -57,6 +57,10 @@ class Life:
         self.since = self._clock()
         self.told()
 
+    def note(self, **fields: Any) -> None:
+        """What the row says from now on; written with its next change."""
+        self.row = replace(self.row, **fields)
+
     async def save(self, **fields: Any) -> None:
         """Writes the row with these fields changed."""
         changed = {"generation": self._generation(), "updated_at": self._clock()}

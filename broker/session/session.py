@@ -322,9 +322,9 @@ class Session:
             self._waking = False
             self._life.told()
         timeline = Timeline(self._runtime.driver.name, intent=self._claims.begun())
+        # What runs is told by the sandbox's own row; this one is written when it is ready, or has failed.
+        self._life.note(incarnation=incarnation)
         self._attempt(timeline, lambda bringup: self._start(bringup, incarnation))
-        # What runs is told by the sandbox's own row, so the bring-up need not wait for this one.
-        await self._life.save(state="starting", reason="", incarnation=incarnation)
 
     async def _wake(self) -> None:
         refresh = self._applying.refresh if self._configuration.dirty else None

@@ -70,8 +70,17 @@ class FilesSource:
 
     def _read(self, user: str) -> dict[str, Any]:
         sections = {}
+        directory = self._directory / user
+        try:
+            there = set(os.listdir(directory))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise self._failed(directory / "*.toml", error) from error
         for section in SECTIONS:
-            path = self._directory / user / f"{section}.toml"
+            if f"{section}.toml" not in there:
+                continue
+            path = directory / f"{section}.toml"
             try:
                 # Non-blocking, or a FIFO of that name would hold the thread for ever.
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from broker.store.db import Database
@@ -54,6 +55,8 @@ WARM = "warm"
 
 _SESSION = tuple(item.name for item in fields(SessionRow))
 _SANDBOX = tuple(item.name for item in fields(SandboxRow))
+_session_values = attrgetter(*_SESSION)
+_sandbox_values = attrgetter(*_SANDBOX)
 _SESSION_COLUMNS = ", ".join(_SESSION)
 _SANDBOX_COLUMNS = ", ".join(_SANDBOX)
 _PAGE_COLUMNS = ", ".join("NULL" if name == "config" else name for name in _SESSION)
@@ -92,7 +95,7 @@ class SessionStore:
 
     async def save(self, row: SessionRow) -> None:
         """Inserts or replaces by user and workspace; durable when it returns."""
-        await self._db.write((_SAVE_SESSION, astuple(row)))
+        await self._db.write((_SAVE_SESSION, _session_values(row)))
 
     async def delete(self, user: str, workspace: str) -> None:
         """Idempotent."""
@@ -125,7 +128,7 @@ class SessionStore:
 
     async def sandbox_save(self, row: SandboxRow) -> None:
         """Inserts or replaces by slot; durable when it returns."""
-        await self._db.write((_SAVE_SANDBOX, astuple(row)))
+        await self._db.write((_SAVE_SANDBOX, _sandbox_values(row)))
 
     async def sandbox_welcomed(self, slot: str, incarnation: int) -> bool:
         """Notes that this incarnation was given its secret. False: it was before, or is not the slot's."""

@@ -113,6 +113,18 @@ async def test_the_tag_of_the_last_answer_is_offered_again() -> None:
     assert http.seen[1].tag == "t1"
 
 
+async def test_what_has_not_changed_is_not_made_again_until_source_or_defaults_do() -> None:
+    config, store = CONFIG, Says("store", {"env": {"A": "1"}})
+    maker = Assembler([store], lambda: config)
+    first = await maker.assemble("ann", None)
+    assert await maker.assemble("ann", first) is first
+    config = Config.model_validate({"defaults": {"env": {"EDITOR": "nano"}}})
+    second = await maker.assemble("ann", first)
+    assert second.config.env == {"EDITOR": "nano", "A": "1"}
+    store.sections = {"env": {"A": "2"}}
+    assert (await maker.assemble("ann", second)).config.env["A"] == "2"
+
+
 async def test_what_is_dumped_is_restored_with_its_last_good_answers() -> None:
     maker = assembler(Says("http", {"env": {"A": "1"}}))
     restored = maker.restore((await maker.assemble("ann", None)).dump())
