@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import struct
 import time
+from functools import partial
 
 import structlog
 from aiohttp import web
@@ -37,10 +39,9 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         response = problem(_internal(error))
     finally:
         took = round((time.monotonic() - started) * 1000, 1)
-        quiet = request.method == "GET" and status < 400
-        (log.debug if quiet else log.info)(
-            "control_request", method=request.method, path=request.path, status=status, ms=took
-        )
+        say = log.debug if request.method == "GET" and status < 400 else log.info
+        told = partial(say, "control_request", method=request.method, path=request.path, status=status, ms=took)
+        asyncio.get_running_loop().call_soon(told)  # the answer goes first
     return response
 
 

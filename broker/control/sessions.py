@@ -44,9 +44,15 @@ async def create(request: web.Request) -> web.Response:
     """Creates or returns a session and starts bringing it up."""
     context = control(request)
     wanted = await body(request, schema.CreateSession)
-    session, created = await context.registry.create(wanted.user, wanted.workspace, wanted.agent)
-    mint = context.access.mint(session.user, session.workspace)
-    minted = (await both(mint, session.wait_ready()))[0] if wanted.wait == "ready" else await mint
+
+    async def session_of() -> tuple[SessionPort, bool]:
+        session, created = await context.registry.create(wanted.user, wanted.workspace, wanted.agent)
+        if wanted.wait == "ready":
+            await session.wait_ready()
+        return session, created
+
+    # The token's row first: a claim's would wait behind it. Without a session it opens nothing, and is told to nobody.
+    minted, (session, created) = await both(context.access.mint(wanted.user, wanted.workspace), session_of())
     return answer(attachable(context, session, minted), 201 if created else 200)
 
 
