@@ -47,6 +47,8 @@ COUNTS_S = 0.25
 MAX_AGENT_INFO = 65_536
 """Characters."""
 REAP_AGAIN_S = 0.1
+WEIGH_EVERY_S = 60.0
+"""What a process takes of the memory costs the kernel a millisecond to say."""
 
 CACHE = ".cache/cortex/mcp"
 """Below HOME: what MCP servers had when they last ran."""
@@ -107,6 +109,8 @@ class Server:
         self._saying = False
         self._counts: asyncio.TimerHandle | None = None
         self._building = False
+        self._weigh_at = 0.0
+        self._pss = 0
         path = os.path.join(booted.socket_dir, "agent")
         self.raw = RawClients(port=lambda: self.process.port, on_change=self._changed)
         self.hub = make_hub(booted, welcome, self._changed, lambda: self.process.upcoming)
@@ -278,11 +282,18 @@ class Server:
             self._put_agent_files()
             self.control.send(self.binder.apply(message))
         elif isinstance(message, Probe):
-            self.control.send(self._status(message.id, pss=memory.pss(self._booted.memory), pending=self.hub.pending))
+            self.control.send(self._status(message.id, pss=self._memory(), pending=self.hub.pending))
         elif isinstance(message, Stop):
             self._ask_to_stop(message.grace_s)
         elif isinstance(message, Build):
             self._tasks.start(self._build(message), "build")
+
+    def _memory(self) -> int:
+        now = asyncio.get_running_loop().time()
+        if now >= self._weigh_at:
+            self._weigh_at = now + WEIGH_EVERY_S
+            self._pss = memory.pss(self._booted.memory)
+        return self._pss
 
     def _claimed(self, claim: Claim) -> None:
         """The sandbox has become a session's; its home may be another from now on."""

@@ -6,11 +6,11 @@ import asyncio
 
 from broker.metrics import LOOP_LAG
 
-INTERVAL_S = 0.05
+INTERVAL_S = 0.1
 
 
 class LagMeter:
-    """Observes ``cortex_loop_lag_seconds`` every 50 ms between ``start`` and ``stop``."""
+    """Observes ``cortex_loop_lag_seconds`` every 100 ms between ``start`` and ``stop``."""
 
     def __init__(self, interval_s: float = INTERVAL_S) -> None:
         self._interval = interval_s

@@ -66,9 +66,12 @@ class Care:
     async def _status(self, shelf: Shelf, member: Member) -> None:
         """Its place depends on what its agent server says."""
         box = member.box
+        ahead: str | None = None
         while not box.failed:
-            shelf.put(member)
-            self._changed()
+            if member.ahead != ahead:
+                ahead = member.ahead
+                shelf.put(member)
+                self._changed()
             box.ready.clear()
             await box.ready.wait()
         self._lose(shelf, member, str(box.failed))
