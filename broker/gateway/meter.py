@@ -161,7 +161,7 @@ class Meter:
 
     def head(self, status: int, headers: Headers) -> None:
         """Of the answer. Errors use nothing; an answer compressed other than by gzip is not read."""
-        self._reading = 200 <= status < 300 and self._endpoint in (Endpoint.GENERATE, Endpoint.EMBED)
+        self._reading = 200 <= status < 300 and self._endpoint.metered
         if not self._reading:
             return
         for name, value in headers:

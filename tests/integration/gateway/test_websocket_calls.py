@@ -25,9 +25,11 @@ FINAL = {"type": "response.completed", "response": {"id": "r", "model": "gpt-5.5
 
 
 async def model(socket: ServerConnection) -> None:
-    """Says which credential came, then answers each message by the end of a response."""
+    """Says which credential and account came, then answers each message by the end of a response."""
     assert socket.request is not None
-    await socket.send(json.dumps({"type": "hello", "authorization": socket.request.headers["authorization"]}))
+    headers = socket.request.headers
+    who = {"authorization": headers["authorization"], "account": headers.get("openai-project")}
+    await socket.send(json.dumps({"type": "hello", **who}))
     async for _ in socket:
         await socket.send(json.dumps(FINAL))
 
@@ -58,7 +60,7 @@ def path(gw: Rig) -> str:
 
 
 def connect(gw: Rig, provider: str = "openai") -> websockets.connect:
-    headers = {"Authorization": "Bearer placeholder"}
+    headers = {"Authorization": "Bearer placeholder", "OpenAI-Project": "mine"}
     return websockets.unix_connect(path(gw), f"ws://localhost/{provider}/v1/responses", additional_headers=headers)
 
 
@@ -75,7 +77,8 @@ async def usage(gw: Rig, count: int) -> list[dict[str, Any]]:
 async def test_the_credential_is_put_in_and_each_answer_is_counted(gw: Rig) -> None:
     gw.reports.clear()
     async with asyncio.timeout(20), connect(gw) as socket:
-        assert json.loads(await socket.recv())["authorization"] == f"Bearer {KEY}"
+        told = json.loads(await socket.recv())
+        assert (told["authorization"], told["account"]) == (f"Bearer {KEY}", None)
         for _ in range(2):
             await socket.send(json.dumps({"type": "response.create", "model": "gpt-5.5"}))
             assert json.loads(await socket.recv()) == FINAL
