@@ -206,10 +206,8 @@ class Call:
             return
         self._entered = self._context.clock()
         try:
-            payer, tried = self._route.payer(self._caller.user), self._tried_keys
-            found = self._plan.admission.enter(
-                self._caller, payer, tokens(self._head), self._granted, self._barred, tried
-            )
+            payer, tried, about = self._route.payer(self._caller.user), self._tried_keys, tokens(self._head)
+            found = self._plan.admission.enter(self._caller, payer, about, self._granted, self._barred, tried)
         except CortexError as error:
             self._barred(error)
             return
@@ -490,6 +488,8 @@ class Call:
         self._body.read_by(self._meter)
         usage = self._meter.finish()
         self._release(usage.tokens)
+        if self._meter.unread:
+            self._context.unread(self._plan.name)
         now = self._context.clock()
         self._context.usage.add(record(
             self._caller, self._plan.name, self._endpoint, usage,

@@ -113,14 +113,15 @@ _MANY = msgspec.json.Decoder(list[_Answer])
 
 class Meter:
     """One call: ``request`` and ``body`` as they pass, ``head`` in between, then ``finish``. How the bytes are
-    cut makes no difference."""
+    cut makes no difference. ``unread``: the answer is compressed in a way that is not read, so it says nothing."""
 
     __slots__ = (
         "_asked", "_asked_size", "_edge", "_endpoint", "_first", "_inflate", "_inflated", "_kept", "_last", "_lines",
-        "_model", "_named", "_needle", "_reading", "_shape", "_size", "_twice", "_whole",
+        "_model", "_named", "_needle", "_reading", "_shape", "_size", "_twice", "_whole", "unread",
     )  # fmt: skip
 
     def __init__(self, kind: Kind, endpoint: Endpoint, target: bytes) -> None:
+        self.unread = False
         self._endpoint = endpoint
         self._model = model_in(target)
         self._shape: Kind = _SHAPES.get(last_of(target).lower(), kind)
@@ -160,7 +161,7 @@ class Meter:
         self._edge = seen[-(len(_NAMED) - 1) :]
 
     def head(self, status: int, headers: Headers) -> None:
-        """Of the answer. Errors use nothing; an answer compressed other than by gzip is not read."""
+        """Of the answer. Errors use nothing; an answer compressed other than by gzip or deflate is not read."""
         self._reading = 200 <= status < 300 and self._endpoint.metered
         if not self._reading:
             return
@@ -171,10 +172,10 @@ class Meter:
                     self._lines = b"event-stream" in kind or b"ndjson" in kind or b"jsonl" in kind
                 case b"content-encoding":
                     coding = value.strip().lower()
-                    if coding in (b"gzip", b"x-gzip"):
-                        self._inflate = zlib.decompressobj(wbits=31)
+                    if coding in (b"gzip", b"x-gzip", b"deflate"):
+                        self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
                     elif coding not in (b"", b"identity"):
-                        self._reading = False
+                        self._give_up()
 
     def body(self, pieces: list[bytes]) -> None:
         """Body of the answer, as it passes. Never raises, whatever is in it."""
@@ -274,12 +275,17 @@ class Meter:
                     made = self._inflate.decompress(piece, MAX_KEPT)
                     piece = self._inflate.unconsumed_tail
                     self._inflated += len(made)
-                    self._reading = self._inflated <= MAX_INFLATED
+                    if self._inflated > MAX_INFLATED:
+                        self._give_up()
                     if made:
                         plain.append(made)
         except zlib.error:
-            self._reading = False
+            self._give_up()
         return plain
+
+    def _give_up(self) -> None:
+        self._reading = False
+        self.unread = True
 
 
 def frame_usage(frame: bytes | str) -> Usage | None:

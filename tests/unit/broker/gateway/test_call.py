@@ -54,6 +54,19 @@ async def test_providers_that_stand_in_for_each_other_and_are_all_down_are_not_a
         assert len(at.network.servers) == 2
 
 
+@pytest.mark.parametrize("accepted", ["br", "zstd, identity;q=0", "br;q=1, *;q=0"])
+@pytest.mark.parametrize("scheme", ["", "PASS"])
+async def test_no_answer_escapes_the_meter_by_what_the_sandbox_accepts(accepted: str, scheme: str) -> None:
+    async with world(p=policy()) as at:
+        if scheme:
+            at.slot(p=scheme)
+        _, sandbox = at.ask(ASK, f"Accept-Encoding: {accepted}")
+        assert at.network.last.got.count(b"ccept-") == at.network.last.got.count(b"accept-encoding: identity\r\n") == 1
+        at.network.last.answer(200, b"packed", content_type="application/json", content_encoding="br")
+        assert sandbox.got.endswith(b"content-encoding: br\r\ncontent-length: 6\r\n\r\npacked")
+        assert at.context.stats.unread == 1
+
+
 async def test_what_a_cli_brought_for_one_provider_is_not_told_to_another() -> None:
     async with world(p=policy("a", fallback=("q", "r")), q=policy("b"), r=policy("c", keys=("sk-r",))) as at:
         at.slot(p="PASS", q="PASS")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,6 +25,9 @@ from broker.gateway.policy import Kind
 SSE = b"text/event-stream; charset=utf-8"
 JSON = b"application/json"
 LINES = b"application/x-ndjson"
+
+
+COMPRESS: dict[bytes, Callable[[bytes], bytes]] = {b"gzip": gzip.compress, b"deflate": zlib.compress}
 
 
 @dataclass(frozen=True)
@@ -257,17 +262,23 @@ def test_how_an_answer_is_cut_makes_no_difference(name: str, at: list[int]) -> N
     assert read(case, cut(case.body, at)) == case.usage
 
 
-@given(st.sampled_from(["anthropic json", "gemini sse", "ollama chat"]), st.lists(st.integers(0, 10_000), max_size=9))
-def test_a_compressed_answer_is_read_too(name: str, at: list[int]) -> None:
+@given(
+    st.sampled_from(["anthropic json", "gemini sse", "ollama chat"]),
+    st.lists(st.integers(0, 10_000), max_size=9),
+    st.sampled_from(sorted(COMPRESS)),
+)
+def test_a_compressed_answer_is_read_too(name: str, at: list[int], coding: bytes) -> None:
     case = CASES[name]
-    packed = gzip.compress(case.body)
-    assert read(case, cut(packed, at), None, (b"Content-Encoding", b"gzip")) == case.usage
+    assert read(case, cut(COMPRESS[coding](case.body), at), None, (b"Content-Encoding", coding)) == case.usage
 
 
-def test_what_cannot_be_unpacked_is_left_alone() -> None:
-    case = CASES["anthropic json"]
-    for coding in (b"br", b"gzip"):
-        assert read(case, [case.body], None, (b"content-encoding", coding)) == Usage()
+@pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip", b"deflate", b"gzip, br", b"identity"])
+def test_what_cannot_be_unpacked_is_left_alone_and_known(coding: bytes) -> None:
+    meter = Meter("anthropic", Endpoint.GENERATE, b"/v1/messages")
+    meter.head(200, [(b"content-type", JSON), (b"content-encoding", coding)])
+    meter.body([CASES["anthropic json"].body])
+    assert meter.unread is (coding != b"identity")
+    assert (meter.finish() == Usage()) is meter.unread
 
 
 def test_an_answer_that_grows_without_end_when_unpacked_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
