@@ -243,4 +243,5 @@ def _row(call: Record, cost: float) -> UsedCall:
         duration_s=call.duration_s,
         queue_s=call.queue_s,
         ttft_s=call.ttft_s if charged else None,
+        estimated=call.estimated and charged,
     )

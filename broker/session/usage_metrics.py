@@ -41,8 +41,9 @@ class UsageMetrics:
             metrics.GEN_AI_TOKENS.labels(*about, "output").observe(call.output)
         if not failed and call.ttft_s is not None and call.endpoint == "generate":
             metrics.GEN_AI_FIRST_TOKEN.labels(*about).observe(max(0.0, call.ttft_s - call.queue_s))
-            if call.output is not None and call.output > 1 and call.duration_s > call.ttft_s:
-                each = (call.duration_s - call.ttft_s) / (call.output - 1)
+            said = None if call.estimated else call.output
+            if said is not None and said > 1 and call.duration_s > call.ttft_s:
+                each = (call.duration_s - call.ttft_s) / (said - 1)
                 metrics.GEN_AI_OUTPUT_TOKEN.labels(*about).observe(each)
 
     def _label(self, model: str, *, real: bool) -> str:

@@ -67,6 +67,33 @@ async def test_no_answer_escapes_the_meter_by_what_the_sandbox_accepts(accepted:
         assert at.context.stats.unread == 1
 
 
+SAYS_NOTHING = b'data: {"model":"m","choices":[{"delta":{"content":"twelve bytes"}}]}\n\n'
+
+
+@pytest.mark.parametrize("ends", ["end", "lose", "abort"])
+async def test_a_stream_that_does_not_say_what_it_used_is_estimated(ends: str) -> None:
+    async with world(p=policy("a", limits=Limits(user=Limit(tpm=1000)))) as at:
+        call, _ = at.ask(b'{"model":"m","stream":true}' + b" " * 373)
+        at.network.last.head(200, content_type="text/event-stream")
+        at.network.last.body(SAYS_NOTHING)
+        call.abort() if ends == "abort" else getattr(at.network.last, ends)()
+        (record,) = at.log.records
+        assert (record.model, record.input, record.output, record.estimated) == ("m", 100, 3, True)
+        assert at.context.plans._named["p"].admission._gates._users["ann"].used_tokens == 103
+
+
+@pytest.mark.parametrize("ends", ["answered 400", "answered 500", "lose", "abort"])
+async def test_a_call_that_was_not_answered_costs_nothing(ends: str) -> None:
+    async with world(p=policy(retries=0)) as at:
+        call, _ = at.ask(ASK)
+        if ends.startswith("answered"):
+            at.network.last.answer(int(ends[-3:]))
+        else:
+            call.abort() if ends == "abort" else at.network.last.lose()
+        (record,) = at.log.records
+        assert (record.input, record.output, record.estimated) == (None, None, False)
+
+
 async def test_what_a_cli_brought_for_one_provider_is_not_told_to_another() -> None:
     async with world(p=policy("a", fallback=("q", "r")), q=policy("b"), r=policy("c", keys=("sk-r",))) as at:
         at.slot(p="PASS", q="PASS")

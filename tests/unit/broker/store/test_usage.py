@@ -41,13 +41,14 @@ CALL = UsedCall(
 
 async def test_what_is_told_twice_counts_once(db: Database) -> None:
     store = UsageStore(db)
-    other = replace(CALL, id="b-2", ttft_s=None, outcome="cut", input=None)
+    other = replace(CALL, id="b-2", ttft_s=None, outcome="cut", input=None, estimated=True)
     assert await store.add([replace(CALL, id="b-3", endpoint="list")]) == {"b-3"}
     assert await store.add([CALL]) == {"b-1"}
     assert await store.add([CALL, other]) == {"b-2"}
     assert await store.add([CALL, other]) == frozenset()
     (found,) = await store.sums(EVERYTHING, "user")
     assert (found.key, found.calls, found.errors, found.input, found.output) == ("ann", 2, 1, 100, 20)
+    assert found.estimated == 1
     assert (found.cache_read, found.cache_write, found.cost_usd, found.duration_s) == (120, 0, 1.0, 4.0)
     assert (found.ttft_s, found.ttft_calls) == (0.25, 1)
 
