@@ -5,11 +5,11 @@ from __future__ import annotations
 from broker import metrics
 from broker.config_gateway import GatewayConfig, ProviderConfig
 from broker.gateway.records import Record
+from broker.session.model_names import OTHER
 from broker.session.prices import UNCHARGED, price_of
 
 MAX_MODELS = 64
 """That have a label of their own: any sandbox can name as many as it likes."""
-OTHER = "other"
 
 
 class UsageMetrics:

@@ -146,6 +146,15 @@ class UsageStore:
         )
         return [UsageSum(*row) for row in rows]
 
+    async def answered(self, limit: int) -> list[tuple[str, str]]:
+        """Providers and models of which answers came, the latest last; ``limit`` of them."""
+        rows = await self._db.read(
+            "SELECT provider, model FROM usage_hours WHERE calls > errors "
+            "GROUP BY 1, 2 ORDER BY max(hour) DESC LIMIT ?",
+            (limit,),
+        )
+        return [(provider, model) for provider, model in reversed(rows)]
+
     async def spent(self, by: Literal["user", "team"], since_hour: int) -> dict[str, float]:
         """USD by name."""
         rows = await self._db.read(

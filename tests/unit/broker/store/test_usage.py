@@ -81,6 +81,15 @@ async def test_sums_by_each_thing_with_filters(db: Database) -> None:
     assert await store.spent("user", 3) == {"bob": 2.0}
 
 
+async def test_models_that_have_answered_are_known_the_latest_last(db: Database) -> None:
+    store = UsageStore(db)
+    never = replace(CALL, id="b-2", model="none", status=404)
+    earlier = replace(CALL, id="b-3", model="haiku", at=10.0)
+    await store.add([CALL, never, earlier, replace(never, id="b-4", model="sonnet", at=8000.0)])
+    assert await store.answered(9) == [("anthropic", "haiku"), ("anthropic", "sonnet")]
+    assert await store.answered(1) == [("anthropic", "sonnet")]
+
+
 async def test_the_past_is_deleted(db: Database) -> None:
     store = UsageStore(db)
     old = [replace(CALL, id=f"b-{number}", user=f"u{number}") for number in range(SLICE + 1)]
