@@ -44,15 +44,14 @@ def test_what_is_known_is_bounded_and_the_latest_stays() -> None:
     assert len(names._known) == MAX_KNOWN
 
 
-CALLS = st.tuples(
-    st.integers(0, 400), st.sampled_from([200, 200, 404]), st.integers(0, 5), st.sampled_from(["ann", "bob"])
-)
+RUNS = st.tuples(st.integers(0, 100), st.integers(1, 60), st.sampled_from([200, 404]), st.integers(0, 5))
 
 
-@given(st.lists(CALLS, max_size=300))
-def test_rows_of_an_hour_are_bounded(calls: list[tuple[int, int, int, str]]) -> None:
+@given(st.lists(st.tuples(RUNS, st.sampled_from(["ann", "bob"])), max_size=12))
+def test_rows_of_an_hour_are_bounded(runs: list[tuple[tuple[int, int, int, int], str]]) -> None:
     names, rows = ModelNames(), defaultdict[tuple[int, str], set[str]](set)
-    for model, status, hour, user in sorted(calls, key=lambda call: call[2]):
-        rows[hour, user].add(named(names, f"m{model}", status, at=hour * HOUR_S, user=user))
+    for (first, count, status, hour), user in sorted(runs, key=lambda run: run[0][3]):
+        for model in range(first, first + count):
+            rows[hour, user].add(named(names, f"m{model}", status, at=hour * HOUR_S, user=user))
         assert len(names._used) <= MAX_HOURS
     assert all(len(row - {OTHER}) <= MAX_OF_USER for row in rows.values())
