@@ -59,7 +59,8 @@ _CREDENTIAL_HEADER = {
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where connections go. ``ca``: PEM bundle or ""; ``private``: private addresses are fine; ``pooled``:
-    connections are kept and shared, which is for providers, not for hosts that a sandbox names."""
+    connections are kept and shared, which is for providers, not for hosts that a sandbox names; ``whose``: the slot
+    of that sandbox."""
 
     scheme: str
     host: str
@@ -67,6 +68,7 @@ class Origin:
     ca: str
     private: bool
     pooled: bool = True
+    whose: str = ""
 
     @property
     def authority(self) -> str:
@@ -225,7 +227,7 @@ def without_keys(target: bytes) -> bytes:
     return path + question + query if query else path
 
 
-def proxy_route(target: bytes, *, private: bool) -> tuple[Route, bytes] | None:
+def proxy_route(target: bytes, *, private: bool, whose: str = "") -> tuple[Route, bytes] | None:
     """The route of a plain ``http://host[:port]/path`` proxy request; None when malformed."""
     scheme, found, rest = target.partition(b"://")
     if not found or scheme.lower() != b"http":
@@ -234,7 +236,7 @@ def proxy_route(target: bytes, *, private: bool) -> tuple[Route, bytes] | None:
     authority = parse_authority(rest[:cut].decode("ascii", "replace"), 80)
     if authority is None:
         return None
-    origin = Origin("http", authority[0], authority[1], "", private, pooled=False)
+    origin = Origin("http", authority[0], authority[1], "", private, pooled=False, whose=whose)
     path = rest[cut:] if rest[cut : cut + 1] == b"/" else b"/" + rest[cut:]
     spot = Spot(origin, b"", b"host: %s\r\n" % origin.authority.encode())
     return Route(origin.authority, "openai", spot, drops=_HOP, own_keys=True), path
