@@ -55,7 +55,7 @@ _DATED = re.compile(r"(-\d{4}-?\d{2}-?\d{2})?")
 """What providers put behind the name that was asked for."""
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NOTHING = re.compile(rb'"usage"\s*:\s*null')
-_FINAL = re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed)"')
+_FINAL = re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed|done)"')
 _NEEDLES: dict[Kind, bytes] = {
     "anthropic": b'"usage"',
     "openai": b'"usage"',
@@ -233,7 +233,7 @@ class Meter:
         usage = _usage(self._shape, "", counts)
         if self._answered and (usage.tokens is None or self._broken_off()):
             self._estimate(usage)
-            model = model or _name(_json(self._text.model))
+            model = model or name_in(self._text.model)
         usage.model = self._model or self._believed(self._requested(), model)
         return usage
 
@@ -278,7 +278,7 @@ class Meter:
                     break
             else:
                 return ""
-        return _name(_json(found[1]))
+        return name_in(found[1])
 
     # -- the answer
 
@@ -337,8 +337,9 @@ class Meter:
 
 
 def frame_usage(frame: bytes | str) -> Usage | None:
-    """What a turn used, out of the event that ends it on a Responses WebSocket (``response.completed``, ``incomplete``
-    or ``failed``); None for all other messages. One of over ``MAX_KEPT`` bytes is read at its end only."""
+    """What a turn used, out of the event that ends it on a Responses WebSocket (``response.completed``, ``incomplete``,
+    ``failed``, or ``done`` of a realtime one); None for all other messages. One of over ``MAX_KEPT`` bytes is read at
+    its end only."""
     text = frame.encode() if isinstance(frame, str) else frame
     if b'"response.' not in text or not _FINAL.search(text):
         return None
@@ -347,17 +348,15 @@ def frame_usage(frame: bytes | str) -> Usage | None:
     return _usage("openai", model, counts)
 
 
-def frame_model(frame: bytes | str) -> str:
-    """The model that a ``response.create`` message asks for; "" where it names none early on."""
-    meter = Meter("openai", Endpoint.GENERATE, b"/v1/responses")
-    meter.request([(frame if isinstance(frame, bytes) else frame[:MODEL_WITHIN].encode())[:MODEL_WITHIN]])
-    return meter.finish().model
-
-
 def _depth(text: bytes) -> int:
     """How many objects and arrays are open at the end of ``text``."""
     bare = _STRING.sub(b"", text)
     return bare.count(b"{") + bare.count(b"[") - bare.count(b"}") - bare.count(b"]")
+
+
+def name_in(text: bytes) -> str:
+    """The name in a JSON string, as it may be shown; "" for anything else."""
+    return _name(_json(text))
 
 
 def _json(text: bytes) -> Any:

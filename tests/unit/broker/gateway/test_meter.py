@@ -19,7 +19,7 @@ from websockets.frames import Frame, Opcode
 from broker.gateway import meter as meter_module
 from broker.gateway.caller import Endpoint, endpoint_of
 from broker.gateway.frames import TextListener
-from broker.gateway.meter import MAX_KEPT, TAIL, Meter, Usage, frame_model, frame_usage
+from broker.gateway.meter import MAX_KEPT, TAIL, Meter, Usage, frame_usage
 from broker.gateway.policy import Kind
 
 SSE = b"text/event-stream; charset=utf-8"
@@ -435,8 +435,9 @@ def test_an_event_that_ends_a_turn_on_a_websocket_says_what_was_used() -> None:
     assert frame_usage(dense(CREATED)) is None
     assert frame_usage(b'{"type":"response.output_text.delta","delta":"\\"type\\":\\"response.completed\\""}') is None
     assert frame_usage(b'{"type":"response.completed"') == Usage()
-    assert frame_model('{"type":"response.create","model":"gpt-x","input":[]}') == "gpt-x"
-    assert frame_model(b'{"type":"response.create"}') == ""
+    assert frame_usage(b'{"type":"response.done","response":{"usage":{"input_tokens":1,"output_tokens":2}}}') == Usage(
+        input=1, output=2
+    )
 
 
 def test_a_turn_on_a_websocket_whose_last_event_is_long_is_counted_too() -> None:
