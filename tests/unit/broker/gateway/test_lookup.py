@@ -231,3 +231,35 @@ async def test_embeddings_go_together_unless_the_budget_is_spent(context: Contex
             await asyncio.sleep(0.001)
     assert audiences[0].heard == ["head 401", "no", "end"]
     assert len(sent) == 1
+
+
+async def test_embeddings_that_are_wanted_fresh_and_what_are_none_go_alone(context: Context) -> None:
+    fresh = head(b"Cache-Control: no-cache\r\n")
+    for endpoint, asked in ((Endpoint.EMBED, fresh), (Endpoint.GENERATE, head())):
+        lookup, audience = Lookup(context, plan(context, "batch"), route(), "operator", endpoint), Audience()
+        lookup.find(asked, b"/v1/embeddings", b'{"model": "e", "input": "a"}', audience, audience.ask, unsent)
+        assert (audience.asked, lookup.cached) == (1, "")
+
+
+async def test_a_stand_in_that_the_same_credential_pays_is_shared(context: Context) -> None:
+    leader, _ = look(context, "shared")
+    _, audience = look(context, "shared")
+    leader.elsewhere(shared=True)
+    answer(leader)
+    await asyncio.sleep(0)
+    assert (audience.heard[0], audience.heard[-1]) == ("head 200", "end")
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_answers_that_are_kept_elsewhere_are_waited_for_unless_the_call_is_over(
+    context: Context, gone: bool
+) -> None:
+    context.responses.asynchronous = True
+    lookup, audience = look(context, "kept")
+    assert (audience.asked, audience.heard) == (0, []), "it is being looked for"
+    if gone:
+        lookup.drop()
+    async with asyncio.timeout(5):
+        while len(context.tasks):
+            await asyncio.sleep(0)
+    assert audience.asked == (not gone)
