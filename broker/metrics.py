@@ -123,7 +123,8 @@ GEN_AI_OUTPUT_TOKEN = Histogram(
 )
 GEN_AI_TOKENS = Histogram(
     "gen_ai_client_token_usage",
-    "Tokens that providers charged, by call. gen_ai_token_type: input or output, cached and reasoning ones included.",
+    "Tokens that providers charged, by call, or about as many where they did not say. gen_ai_token_type: input or "
+    "output, cached and reasoning ones included.",
     (*_GEN_AI, "gen_ai_token_type"),
     buckets=tuple(4**power for power in range(14)),
     registry=REGISTRY,

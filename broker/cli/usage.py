@@ -13,7 +13,19 @@ from broker.cli.options import Config, ControlUrl, Json
 from broker.errors import Code, CortexError
 
 BY = ("user", "team", "model", "provider", "hour", "day")
-COLUMNS = ("calls", "errors", "cached", "input", "from cache", "to cache", "output", "USD", "mean s", "first byte s")
+COLUMNS = (
+    "calls",
+    "errors",
+    "cached",
+    "estimated",
+    "input",
+    "from cache",
+    "to cache",
+    "output",
+    "USD",
+    "mean s",
+    "first byte s",
+)
 NUMBERS = tuple(range(1, len(COLUMNS) + 1))
 
 
@@ -55,8 +67,14 @@ def _key(row: Mapping[str, Any], by: str) -> str:
 
 
 def _row(name: str, one: Mapping[str, Any]) -> tuple[Any, ...]:
-    counts = (one[key] for key in ("calls", "errors", "cached", "input", "cache_read", "cache_write", "output"))
-    return (name, *counts, f"{one['cost_usd']:.4f}", _seconds(one["mean_s"]), _seconds(one["mean_ttft_s"]))
+    counts = ("calls", "errors", "cached", "estimated", "input", "cache_read", "cache_write", "output")
+    return (
+        name,
+        *(one[key] for key in counts),
+        f"{one['cost_usd']:.4f}",
+        _seconds(one["mean_s"]),
+        _seconds(one["mean_ttft_s"]),
+    )
 
 
 def _seconds(value: float | None) -> str:

@@ -33,6 +33,7 @@ class Sum(Answer):
     calls: int = Field(description="To models; looks at lists of them and counts of tokens are none.")
     errors: int = Field(description="Answered with one, or broken off.")
     cached: int = Field(description="For which no provider was asked; they use no tokens.")
+    estimated: int = Field(description="Whose tokens no provider has said; they are about as many.")
     input: int = Field(description="Tokens of prompts, those of the provider's cache included.")
     output: int = Field(description="Tokens that models made, those of reasoning included.")
     cache_read: int = Field(description="Of input: read from the provider's cache.")

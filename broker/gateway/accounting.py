@@ -20,5 +20,5 @@ def record(
         workspace=caller.workspace, agent=caller.agent, endpoint=endpoint.value, status=status, outcome=outcome,
         cached=cached, input=usage.input, output=usage.output, cache_read=usage.cache_read,
         cache_write=usage.cache_write, reasoning=usage.reasoning, duration_s=duration_s, queue_s=queue_s,
-        ttft_s=ttft_s, attempts=attempts, upstream=upstream,
+        ttft_s=ttft_s, attempts=attempts, upstream=upstream, estimated=usage.estimated,
     )  # fmt: skip

@@ -101,6 +101,15 @@ def too_many_tunnels(limit: int) -> CortexError:
     )
 
 
+def too_many_names(limit: int) -> CortexError:
+    """A sandbox whose look-ups hang."""
+    return CortexError(
+        Code.EGRESS_LIMIT,
+        f"This sandbox is looking up {limit} names already",
+        hint="retry when those are answered; some of them have slow name servers",
+    )
+
+
 def spent(limit: int, retry_after_s: float) -> CortexError:
     """A sandbox that has moved what it may in an hour."""
     return CortexError(

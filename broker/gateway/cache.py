@@ -18,7 +18,7 @@ import msgspec
 from broker.gateway.caller import Endpoint, model_in
 from broker.gateway.heads import Headers, ResponseHead
 from broker.gateway.policy import CacheRule
-from broker.gateway.routes import strip_keys
+from broker.gateway.routes import ACCOUNTS, strip_keys
 
 OVERHEAD = 512
 """What an entry takes beside its bytes: objects of Python's, the key, the place in the table."""
@@ -26,12 +26,10 @@ PIECE_OVERHEAD = 48
 _VERSION = b"cortex-1"
 _POSTS = frozenset((Endpoint.GENERATE, Endpoint.EMBED, Endpoint.COUNT))
 
-_CHANGE_ANSWERS = frozenset(
-    (
-        b"accept", b"accept-encoding", b"accept-language", b"anthropic-version", b"content-type", b"content-encoding",
-        b"openai-organization", b"openai-project", b"openai-version", b"x-goog-user-project",
-    )
-)  # fmt: skip
+_CHANGE_ANSWERS = ACCOUNTS | {
+    b"accept", b"accept-encoding", b"accept-language", b"anthropic-version", b"content-type", b"content-encoding",
+    b"openai-version",
+}  # fmt: skip
 _LISTS = frozenset((b"accept-encoding", b"anthropic-beta", b"openai-beta"))
 """Of these the order does not matter."""
 _CONDITIONAL = frozenset(

@@ -65,7 +65,7 @@ class Call:
         self._plan = context.plans.of(route)
         self._meter = Meter(route.kind, endpoint, target) if caller is not None else None
         self._out = Outgoing(down, self._meter, context.clock)
-        self._lines = passed(route, head, plain=endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
+        self._lines = passed(route, head, plain=endpoint.metered)
         self._began = self._entered = context.clock()
         self._queue_s = 0.0
         self._visit = Visit()
@@ -155,8 +155,8 @@ class Call:
         """All of the request is there."""
         self._gathering = False
         assert self._caller is not None
-        may_spend = not self._plan.admission.refuses(self._caller)
-        self._lookup = Lookup(self._context, self._plan, self._scope(), self._endpoint, may_spend=may_spend)
+        may = not self._plan.admission.refuses(self._caller)
+        self._lookup = Lookup(self._context, self._plan, self._route, self._scope(), self._endpoint, may_spend=may)
         self._lookup.find(self._head, self._target, self._body.whole(), self, self._enter, self._ask)
 
     async def _ask(self, body: bytes) -> Fetched:
@@ -206,10 +206,8 @@ class Call:
             return
         self._entered = self._context.clock()
         try:
-            payer, tried = self._route.payer(self._caller.user), self._tried_keys
-            found = self._plan.admission.enter(
-                self._caller, payer, tokens(self._head), self._granted, self._barred, tried
-            )
+            payer, tried, about = self._route.payer(self._caller.user), self._tried_keys, tokens(self._head)
+            found = self._plan.admission.enter(self._caller, payer, about, self._granted, self._barred, tried)
         except CortexError as error:
             self._barred(error)
             return
@@ -343,7 +341,7 @@ class Call:
                 self._lookup.elsewhere(shared=self._scope() == scope)
                 if self._ended:
                     return True
-            self._lines = passed(route, self._head, plain=self._endpoint in (Endpoint.GENERATE, Endpoint.EMBED))
+            self._lines = passed(route, self._head, plain=self._endpoint.metered)
             self._visit, self._tried_keys = Visit(self._visit.total), frozenset()
             self._context.stats.fallbacks += 1
             self._enter()
@@ -490,6 +488,8 @@ class Call:
         self._body.read_by(self._meter)
         usage = self._meter.finish()
         self._release(usage.tokens)
+        if self._meter.unread:
+            self._context.unread(self._plan.name)
         now = self._context.clock()
         self._context.usage.add(record(
             self._caller, self._plan.name, self._endpoint, usage,

@@ -36,6 +36,11 @@ class Endpoint(Enum):
     """Models and the like."""
     OTHER = "other"
 
+    @property
+    def metered(self) -> bool:
+        """Its answers say what they used, and are read for it."""
+        return self in (Endpoint.GENERATE, Endpoint.EMBED)
+
 
 _LAST = {
     b"messages": Endpoint.GENERATE,

@@ -85,6 +85,11 @@ class Context:
         if self._noted <= MAX_NOTES:
             log.info(event, **facts)
 
+    def unread(self, provider: str) -> None:
+        """Counts an answer that its provider compressed although it was asked not to."""
+        self.stats.unread += 1
+        self.note("usage_unread", provider=provider, hint="have the provider's server send it as accept-encoding says")
+
     async def close(self) -> None:
         self.usage.close()
         self.plans.close()

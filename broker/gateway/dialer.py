@@ -39,9 +39,9 @@ class Dialer:
 
     async def dial(self, origin: Origin, factory: Callable[[], P]) -> P:
         """A connected protocol. Raises ``CortexError``: unreachable, or all addresses refused."""
-        operators = origin.pooled and origin.private
+        operators = origin.pooled and origin.private and not origin.whose
         resolver = self._resolver if operators else self._guests
-        found = await resolver.answer(origin.host)
+        found = await resolver.answer(origin.host, origin.whose)
         context = await self._context(origin.ca) if origin.scheme == "https" else None
         start, timeout_s = asyncio.get_running_loop().time(), self._timeout_s()
         try:

@@ -9,6 +9,7 @@ from broker.errors import CortexError
 from broker.gateway import faults
 from broker.gateway.admission import Ticket
 from broker.gateway.caller import Caller
+from broker.gateway.estimate import tokens_in
 from broker.gateway.fetch import Fetched, fetch
 from broker.gateway.plan import Plan
 from broker.gateway.routes import Route
@@ -66,7 +67,7 @@ async def _admitted(plan: Plan, caller: Caller, own: str, size: int) -> Ticket:
         else:
             turn.set_result(ticket)
 
-    found = plan.admission.enter(caller, own, size // 4, granted, refused)
+    found = plan.admission.enter(caller, own, tokens_in(size), granted, refused)
     if isinstance(found, Ticket):
         return found
     try:

@@ -63,7 +63,7 @@ class WayOut:
 
     def __init__(self, slot: str, context: Context) -> None:
         self.egress = Egress()
-        self._slot = slot
+        self.slot = slot
         self._context = context
         self._clock = asyncio.get_running_loop().time
         self._identity: Mapping[str, str] = {}
@@ -139,7 +139,7 @@ class WayOut:
     def decided(self, host: str, port: int, result: Result, tool: str) -> None:
         """Counts, and notes what was refused in the log."""
         if self._ledger.decided(host, port, result, tool) and result != "allowed":
-            self._context.note("egress_refused", slot=self._slot, host=host, port=port, result=result, tool=tool)
+            self._context.note("egress_refused", slot=self.slot, host=host, port=port, result=result, tool=tool)
 
     def tell(self, now: float) -> None:
         """Every second or so: reports what there is to report."""
@@ -154,7 +154,7 @@ class WayOut:
         if not len(self._ledger):
             return
         who = {key: self._identity.get(key, "") for key in ("user", "workspace")}
-        if self._context.report({"kind": "egress", "slot": self._slot, **who, "hosts": self._ledger.rows()}):
+        if self._context.report({"kind": "egress", "slot": self.slot, **who, "hosts": self._ledger.rows()}):
             self._ledger.clear()
 
     def _refused(self, host: str, port: int, result: Result, tool: str) -> None:

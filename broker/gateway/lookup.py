@@ -16,6 +16,7 @@ from broker.gateway.plan import Plan
 from broker.gateway.policy import CacheRule
 from broker.gateway.records import Cached
 from broker.gateway.responses import Recorder
+from broker.gateway.routes import Route, passing
 
 _EQUAL = CacheRule(enabled=True, with_tools=True, with_randomness=True)
 """Calls that are under way at once are equal by what they ask alone."""
@@ -27,12 +28,15 @@ class Lookup:
     ``cached`` says how the answer came; "" that it is, or was, asked for.
     """
 
-    def __init__(self, context: Context, plan: Plan, scope: str, endpoint: Endpoint, *, may_spend: bool = True) -> None:
+    def __init__(
+        self, context: Context, plan: Plan, route: Route, scope: str, endpoint: Endpoint, *, may_spend: bool = True
+    ) -> None:
         """``may_spend``: the call may be part of another one, which costs."""
         self.cached: Cached = ""
         self._may_spend = may_spend
         self._context = context
         self._plan = plan
+        self._route = route
         self._scope = scope
         self._endpoint = endpoint
         self._recorder: Recorder | None = None
@@ -51,14 +55,15 @@ class Lookup:
         """Gives ``audience`` the answer now or later, or calls ``ask``. An answer that is lost on its way is
         told as ``shared_lost``; the call is then made by itself. ``send``: makes the call with other bodies."""
         plan, responses = self._plan, self._context.responses
-        said = cache.said(head.headers) if plan.batcher is not None and self._endpoint is Endpoint.EMBED else None
+        headers = passing(self._route, head, plain=self._endpoint.metered)
+        said = cache.said(headers) if plan.batcher is not None and self._endpoint is Endpoint.EMBED else None
         if plan.batcher is not None and said is not None and self._may_spend:
             self._joined = plan.batcher.add(body, audience, (self._scope, target, *said), send)
             if self._joined is not None:
                 self.cached = "batched"
                 return
         rule, asked = plan.policy.cache, (self._endpoint, head.method)
-        told = (plan.name, self._scope, *asked, target, head.headers, body)
+        told = (plan.name, self._scope, *asked, target, headers, body)
         key = responses.key(rule, *told) if responses.wants(rule, *asked) else None
         if key is None:
             self._share(responses.key(_EQUAL, *told) if plan.flights is not None else None, None, audience, ask)

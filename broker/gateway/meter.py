@@ -20,7 +20,8 @@ Ollama      prompt_eval_count                                not said           
 =========== ================================================ =========================== ============================
 
 Of a stream the last figures count, as each provider's are running totals; Anthropic's ``message_delta`` leaves
-out what ``message_start`` has said. Counting tokens (``Endpoint.COUNT``) uses none.
+out what ``message_start`` has said. Counting tokens (``Endpoint.COUNT``) uses none. Of an answer that says nothing,
+since it was not asked to or was broken off, tokens are estimated by the size of the request and of the text.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any
 import msgspec
 
 from broker.gateway.caller import Endpoint, last_of, model_in
+from broker.gateway.estimate import Text, tokens_in
 from broker.gateway.heads import Headers
 from broker.gateway.policy import Kind
 
@@ -53,7 +55,7 @@ _DATED = re.compile(r"(-\d{4}-?\d{2}-?\d{2})?")
 """What providers put behind the name that was asked for."""
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NOTHING = re.compile(rb'"usage"\s*:\s*null')
-_FINAL = re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed)"')
+_FINAL = re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed|done)"')
 _NEEDLES: dict[Kind, bytes] = {
     "anthropic": b'"usage"',
     "openai": b'"usage"',
@@ -71,7 +73,7 @@ _SHAPES: dict[bytes, Kind] = {
 
 
 class Usage(msgspec.Struct, kw_only=True):
-    """None: the provider did not say; ``model`` "": neither did the request."""
+    """None: the provider did not say; ``model`` "": neither did the request. ``estimated``: some of it is."""
 
     model: str = ""
     input: int | None = None
@@ -79,6 +81,7 @@ class Usage(msgspec.Struct, kw_only=True):
     cache_read: int | None = None
     cache_write: int | None = None
     reasoning: int | None = None
+    estimated: bool = False
 
     @property
     def tokens(self) -> int | None:
@@ -113,25 +116,30 @@ _MANY = msgspec.json.Decoder(list[_Answer])
 
 class Meter:
     """One call: ``request`` and ``body`` as they pass, ``head`` in between, then ``finish``. How the bytes are
-    cut makes no difference."""
+    cut makes no difference. ``unread``: the answer is compressed in a way that is not read, so it says nothing."""
 
     __slots__ = (
-        "_asked", "_asked_size", "_edge", "_endpoint", "_first", "_inflate", "_inflated", "_kept", "_last", "_lines",
-        "_model", "_named", "_needle", "_reading", "_shape", "_size", "_twice", "_whole",
+        "_answered", "_asked", "_asked_size", "_edge", "_endpoint", "_first", "_inflate", "_inflated", "_json",
+        "_kept", "_last", "_lines", "_model", "_named", "_needle", "_passed", "_reading", "_requested_size", "_shape",
+        "_size", "_text", "_twice", "_whole", "unread",
     )  # fmt: skip
 
     def __init__(self, kind: Kind, endpoint: Endpoint, target: bytes) -> None:
+        self.unread = False
         self._endpoint = endpoint
         self._model = model_in(target)
         self._shape: Kind = _SHAPES.get(last_of(target).lower(), kind)
         self._needle = _NEEDLES[self._shape]
         self._asked: list[bytes] = []
         self._asked_size = 0
+        self._requested_size = 0
+        self._answered = False
         self._edge = b""
         self._named = 0
         self._twice = False
         self._reading = False
         self._lines = False
+        self._json = True
         self._inflate: zlib._Decompress | None = None
         self._inflated = 0
         self._kept: list[bytes] = []
@@ -139,10 +147,14 @@ class Meter:
         self._whole = True
         self._first: tuple[bytes, bool] | None = None
         self._last: tuple[bytes, bool] | None = None
+        self._text = Text(self._shape)
+        self._passed = 0
+        """Bytes of the answer that nothing was read out of."""
 
     def request(self, pieces: list[bytes]) -> None:
         """Body of the request, as it passes."""
         for piece in pieces:
+            self._requested_size += len(piece)
             if not self._twice:
                 self._look_for_another(piece)
             if self._asked_size >= MODEL_WITHIN:
@@ -160,8 +172,8 @@ class Meter:
         self._edge = seen[-(len(_NAMED) - 1) :]
 
     def head(self, status: int, headers: Headers) -> None:
-        """Of the answer. Errors use nothing; an answer compressed other than by gzip is not read."""
-        self._reading = 200 <= status < 300 and self._endpoint in (Endpoint.GENERATE, Endpoint.EMBED)
+        """Of the answer. Errors use nothing; an answer compressed other than by gzip or deflate is not read."""
+        self._answered = self._reading = 200 <= status < 300 and self._endpoint.metered
         if not self._reading:
             return
         for name, value in headers:
@@ -169,23 +181,29 @@ class Meter:
                 case b"content-type":
                     kind = value.lower()
                     self._lines = b"event-stream" in kind or b"ndjson" in kind or b"jsonl" in kind
+                    self._json = b"json" in kind
                 case b"content-encoding":
                     coding = value.strip().lower()
-                    if coding in (b"gzip", b"x-gzip"):
-                        self._inflate = zlib.decompressobj(wbits=31)
+                    if coding in (b"gzip", b"x-gzip", b"deflate"):
+                        self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
                     elif coding not in (b"", b"identity"):
-                        self._reading = False
+                        self._give_up()
 
     def body(self, pieces: list[bytes]) -> None:
         """Body of the answer, as it passes. Never raises, whatever is in it."""
         if not self._reading:
+            self._passed += sum(map(len, pieces))
             return
         if self._inflate is not None:
-            pieces = self._plain(pieces)
+            packed, pieces = pieces, self._plain(pieces)
+            if not self._reading:
+                self._passed += sum(map(len, packed))
         for piece in pieces:
             if not self._lines:
                 self._keep(piece)
-            elif not self._size and piece.endswith(b"\n"):
+                continue
+            self._text.add(piece)
+            if not self._size and piece.endswith(b"\n"):
                 # Nearly every piece is a whole event that says nothing of usage.
                 if self._needle in piece:
                     self._scan(piece)
@@ -212,7 +230,36 @@ class Meter:
                 named, found = _read(*kept, self._needle)
                 model = named or model
                 counts |= {key: value for key, value in found.items() if value is not None}
-        return _usage(self._shape, self._model or self._believed(self._requested(), model), counts)
+        usage = _usage(self._shape, "", counts)
+        if self._answered and (usage.tokens is None or self._broken_off()):
+            self._estimate(usage)
+            model = model or name_in(self._text.model)
+        usage.model = self._model or self._believed(self._requested(), model)
+        return usage
+
+    # -- what nobody has said
+
+    def _broken_off(self) -> bool:
+        """A stream of Anthropic's has said what was asked, and not yet what was made."""
+        if self._shape != "anthropic" or self._last is None or self._last is not self._first:
+            return False
+        return b'"message_start"' in self._last[0]
+
+    def _estimate(self, usage: Usage) -> None:
+        if usage.input is None:
+            usage.input = tokens_in(self._requested_size)
+            usage.estimated = True
+        if self._endpoint is Endpoint.EMBED:
+            return
+        if not self._lines and self._last is not None:
+            if self._json:
+                self._text.add(self._last[0])
+            else:
+                self._passed += len(self._last[0])
+        written = tokens_in(self._text.size + self._passed)
+        if written > (usage.output or 0):
+            usage.output = written
+            usage.estimated = True
 
     # -- the request
 
@@ -231,7 +278,7 @@ class Meter:
                     break
             else:
                 return ""
-        return _name(_json(found[1]))
+        return name_in(found[1])
 
     # -- the answer
 
@@ -240,6 +287,8 @@ class Meter:
         self._size += len(piece)
         if self._size > MAX_KEPT:
             tail = b"".join(self._kept)[-TAIL:]
+            if not self._lines:
+                self._passed += self._size - TAIL
             self._kept, self._size, self._whole = [tail], len(tail), False
 
     def _cut(self, piece: bytes) -> None:
@@ -274,17 +323,23 @@ class Meter:
                     made = self._inflate.decompress(piece, MAX_KEPT)
                     piece = self._inflate.unconsumed_tail
                     self._inflated += len(made)
-                    self._reading = self._inflated <= MAX_INFLATED
+                    if self._inflated > MAX_INFLATED:
+                        self._give_up()
                     if made:
                         plain.append(made)
         except zlib.error:
-            self._reading = False
+            self._give_up()
         return plain
+
+    def _give_up(self) -> None:
+        self._reading = False
+        self.unread = True
 
 
 def frame_usage(frame: bytes | str) -> Usage | None:
-    """What a turn used, out of the event that ends it on a Responses WebSocket (``response.completed``, ``incomplete``
-    or ``failed``); None for all other messages. One of over ``MAX_KEPT`` bytes is read at its end only."""
+    """What a turn used, out of the event that ends it on a Responses WebSocket (``response.completed``, ``incomplete``,
+    ``failed``, or ``done`` of a realtime one); None for all other messages. One of over ``MAX_KEPT`` bytes is read at
+    its end only."""
     text = frame.encode() if isinstance(frame, str) else frame
     if b'"response.' not in text or not _FINAL.search(text):
         return None
@@ -293,17 +348,15 @@ def frame_usage(frame: bytes | str) -> Usage | None:
     return _usage("openai", model, counts)
 
 
-def frame_model(frame: bytes | str) -> str:
-    """The model that a ``response.create`` message asks for; "" where it names none early on."""
-    meter = Meter("openai", Endpoint.GENERATE, b"/v1/responses")
-    meter.request([(frame if isinstance(frame, bytes) else frame[:MODEL_WITHIN].encode())[:MODEL_WITHIN]])
-    return meter.finish().model
-
-
 def _depth(text: bytes) -> int:
     """How many objects and arrays are open at the end of ``text``."""
     bare = _STRING.sub(b"", text)
     return bare.count(b"{") + bare.count(b"[") - bare.count(b"}") - bare.count(b"]")
+
+
+def name_in(text: bytes) -> str:
+    """The name in a JSON string, as it may be shown; "" for anything else."""
+    return _name(_json(text))
 
 
 def _json(text: bytes) -> Any:

@@ -14,7 +14,8 @@ Cached = Literal["", "hit", "coalesced", "batched"]
 
 
 class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """``id`` is given by the log; tokens as ``broker.gateway.meter`` counts them, None: not said.
+    """``id`` is given by the log; tokens as ``broker.gateway.meter`` counts them, None: not said; ``estimated``: by
+    the gateway, since the provider said nothing.
 
     ``at``: seconds since 1970 when the call ended; ``status`` is what the client saw, 0 when nothing; ``duration_s``
     from the request to the end, ``queue_s`` of it waiting for a limit, ``ttft_s`` until the first byte of the
@@ -38,6 +39,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     cache_read: int | None = None
     cache_write: int | None = None
     reasoning: int | None = None
+    estimated: bool = False
     duration_s: float
     queue_s: float = 0.0
     ttft_s: float | None = None

@@ -57,7 +57,7 @@ class Responses:
         headers: Headers, body: bytes,
     ) -> bytes | None:  # fmt: skip
         """None: not to be shared. ``target``: behind the provider's name; ``scope``: names the credential that the
-        call is made with, whoever brings it; ``headers``: as the client sent them."""
+        call is made with, whoever brings it; ``headers``: of the client's, those that go on."""
         question = cache.asked(rule, endpoint, method, target, body)
         said = cache.said(headers)
         if question is None or said is None:

@@ -2,8 +2,8 @@
 
 A provider is reached at ``/NAME/rest``: ``rest`` goes behind its base URL, byte for byte. Headers
 pass as they came, except those of this hop, those that carry credentials or cookies (whatever the
-sandbox believes its key to be is worth nothing), and Host. Where a user's CLI has credentials of
-its own (scheme ``passthrough``) those pass, for that slot and provider alone.
+sandbox believes its key to be is worth nothing) or say which account pays, and Host. Where a user's
+CLI has credentials of its own (scheme ``passthrough``) those pass, for that slot and provider alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from broker.errors import Code, CortexError
 from broker.gateway.addresses import parse_authority
 from broker.gateway.answers import unknown_provider
-from broker.gateway.heads import RequestHead, ResponseHead, bad
+from broker.gateway.heads import Headers, RequestHead, ResponseHead, bad
 from broker.gateway.messages import Provider
 from broker.gateway.policy import Kind
 
@@ -29,8 +29,15 @@ _HOP = frozenset(
 )  # fmt: skip
 _COOKIES = frozenset((b"cookie", b"cookie2"))
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"x-auth-token"))
-_KEY_PARAMETERS = frozenset((b"key", b"api_key", b"access_token", b"oauth_token", b"bearer_token"))
-_REQUEST_DROPS = _HOP | _CREDENTIALS | _COOKIES
+ACCOUNTS = frozenset(
+    (
+        b"openai-organization", b"openai-project", b"chatgpt-account-id", b"anthropic-workspace-id",
+        b"x-goog-user-project", b"x-hf-bill-to", b"x-dashscope-workspace",
+    )
+)  # fmt: skip
+"""Headers that choose who is billed, among the accounts that a credential is good for."""
+_KEY_PARAMETERS = frozenset((b"key", b"api_key", b"access_token", b"oauth_token", b"bearer_token", b"userproject"))
+_REQUEST_DROPS = _HOP | _CREDENTIALS | ACCOUNTS | _COOKIES
 _LISTS = frozenset((b"anthropic-beta", b"openai-beta"))
 """Headers that hold a list: what is put in joins what the sandbox sends."""
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
@@ -52,7 +59,8 @@ _CREDENTIAL_HEADER = {
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where connections go. ``ca``: PEM bundle or ""; ``private``: private addresses are fine; ``pooled``:
-    connections are kept and shared, which is for providers, not for hosts that a sandbox names."""
+    connections are kept and shared, which is for providers, not for hosts that a sandbox names; ``whose``: the slot
+    of that sandbox."""
 
     scheme: str
     host: str
@@ -60,6 +68,7 @@ class Origin:
     ca: str
     private: bool
     pooled: bool = True
+    whose: str = ""
 
     @property
     def authority(self) -> str:
@@ -200,10 +209,15 @@ def _refuse_dot_segments(path: bytes) -> None:
 
 
 def strip_keys(query: bytes) -> bytes:
-    """``query`` without the parameters that carry credentials; untouched when there are none."""
+    """``query`` without the parameters that carry credentials or say who pays; untouched when there are none."""
     parts = query.split(b"&")
-    kept = [part for part in parts if unquote_to_bytes(part.partition(b"=")[0]).lower() not in _KEY_PARAMETERS]
+    kept = [part for part in parts if _parameter(part) not in _KEY_PARAMETERS]
     return query if len(kept) == len(parts) else b"&".join(kept)
+
+
+def _parameter(part: bytes) -> bytes:
+    """Its name. Google's may have a "$" in front."""
+    return unquote_to_bytes(part.partition(b"=")[0]).lower().removeprefix(b"$")
 
 
 def without_keys(target: bytes) -> bytes:
@@ -213,7 +227,7 @@ def without_keys(target: bytes) -> bytes:
     return path + question + query if query else path
 
 
-def proxy_route(target: bytes, *, private: bool) -> tuple[Route, bytes] | None:
+def proxy_route(target: bytes, *, private: bool, whose: str = "") -> tuple[Route, bytes] | None:
     """The route of a plain ``http://host[:port]/path`` proxy request; None when malformed."""
     scheme, found, rest = target.partition(b"://")
     if not found or scheme.lower() != b"http":
@@ -222,21 +236,28 @@ def proxy_route(target: bytes, *, private: bool) -> tuple[Route, bytes] | None:
     authority = parse_authority(rest[:cut].decode("ascii", "replace"), 80)
     if authority is None:
         return None
-    origin = Origin("http", authority[0], authority[1], "", private, pooled=False)
+    origin = Origin("http", authority[0], authority[1], "", private, pooled=False, whose=whose)
     path = rest[cut:] if rest[cut : cut + 1] == b"/" else b"/" + rest[cut:]
     spot = Spot(origin, b"", b"host: %s\r\n" % origin.authority.encode())
     return Route(origin.authority, "openai", spot, drops=_HOP, own_keys=True), path
 
 
+def passing(route: Route, head: RequestHead, *, plain: bool = False) -> Headers:
+    """The headers of ``head`` that have a say in what a provider is asked; ``plain`` as for ``passed``."""
+    drops, named = route.drops, head.hop_by_hop
+    return [
+        (name, value)
+        for name, value in head.headers
+        if (low := name.lower()) not in drops and low not in named and not (plain and low == _ENCODING)
+    ]
+
+
 def passed(route: Route, head: RequestHead, *, plain: bool = False) -> bytes:
     """The lines of ``head`` that go upstream, with what is put in and the body's framing, whichever server it is.
     ``plain``: the answer is read here, so it must not be compressed."""
-    drops, joins, named = route.drops, route.joins, head.hop_by_hop
+    joins = route.joins
     parts = [route.fixed]
-    for name, value in head.headers:
-        low = name.lower()
-        if low not in drops and low not in named and low not in joins and not (plain and low == _ENCODING):
-            parts.append(b"%s: %s\r\n" % (name, value))
+    parts += [b"%s: %s\r\n" % line for line in passing(route, head, plain=plain) if line[0].lower() not in joins]
     if plain:
         parts.append(_IDENTITY)
     parts += [b"%s: %s\r\n" % (name, _joined(head, name, ours)) for name, ours in joins.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from broker.gateway.breaker import Outcome
+from broker.gateway.estimate import tokens_in
 from broker.gateway.framing import LAST_CHUNK, chunk
 from broker.gateway.heads import RequestHead
 from broker.gateway.meter import Meter
@@ -11,16 +12,13 @@ from broker.gateway.routes import Spot
 
 MAX_REPLAY = 2**20
 """Body bytes kept so that a call can be made again, or looked up; a larger body is sent once."""
-
-
-BYTES_PER_TOKEN = 4
 UNKNOWN_TOKENS = 1000
 """Reserved for a body whose length is not said."""
 
 
 def tokens(head: RequestHead) -> int:
     """About as many as a call will use."""
-    return UNKNOWN_TOKENS if head.length is None and head.chunked else (head.length or 0) // BYTES_PER_TOKEN
+    return UNKNOWN_TOKENS if head.length is None and head.chunked else tokens_in(head.length or 0)
 
 
 class RequestBody:

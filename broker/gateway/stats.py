@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 @dataclass(slots=True)
 class Stats:
-    """``connections`` and ``idle_upstreams`` are how many there are now, the rest only grows."""
+    """``connections`` and ``idle_upstreams`` are how many there are now, the rest only grows. ``unread``: answers that
+    usage could not be read out of."""
 
     connections: int = 0
     idle_upstreams: int = 0
@@ -22,6 +23,7 @@ class Stats:
     client_gone: int = 0
     retries: int = 0
     fallbacks: int = 0
+    unread: int = 0
     tunnels: int = 0
     tunnels_denied: int = 0
     plain_denied: int = 0

@@ -26,8 +26,8 @@ _NOT_THERE = frozenset((404, 405, 501))
 """Said by a server that knows no WebSocket at that path. Codex falls back to POST at once on 426, on these after six
 retries."""
 _WEBSOCKET = b"sec-websocket-"
-_KEY_PROTOCOL = b"openai-insecure-api-key."
-"""Browsers cannot set headers, so OpenAI takes a key as a subprotocol."""
+_KEY_PROTOCOLS = (b"openai-insecure-api-key.", b"openai-organization.", b"openai-project.")
+"""Browsers cannot set headers, so OpenAI takes a key as a subprotocol, and who pays."""
 
 
 def upgrade_head(head: RequestHead, target: bytes, passed: bytes, put_in: bytes, *, own_keys: bool = False) -> bytes:
@@ -40,7 +40,7 @@ def upgrade_head(head: RequestHead, target: bytes, passed: bytes, put_in: bytes,
         raise bad("a WebSocket handshake needs Sec-WebSocket-Key")
     offered = [value for name, value in head.headers if name.lower() == b"sec-websocket-protocol"]
     protocols = [each.strip() for each in b",".join(offered).split(b",")]
-    kept = [each for each in protocols if each and (own_keys or not each.lower().startswith(_KEY_PROTOCOL))]
+    kept = [each for each in protocols if each and (own_keys or not each.lower().startswith(_KEY_PROTOCOLS))]
     lines = [line for line in passed.splitlines(keepends=True) if not line.lower().startswith(_WEBSOCKET)]
     parts = [b"GET %s HTTP/1.1\r\n" % target, put_in, *lines, _HANDSHAKE]
     parts += [

@@ -75,12 +75,12 @@ def egress_way(head: RequestHead, out: WayOut) -> Way:
         if authority is None:
             raise bad("CONNECT needs host:port")
         flow = out.open(*authority, tool_of(head.headers), tunnel=True)
-        return Way(tunnel_to=Origin("tcp", *authority, "", flow.private), flow=flow)
+        return Way(tunnel_to=Origin("tcp", *authority, "", flow.private, whose=out.slot), flow=flow)
     if b"://" not in head.target:
         raise CortexError(
             Code.BAD_REQUEST, "This socket is a proxy", hint="use it as HTTPS_PROXY; it is not a server to ask"
         )
-    found = proxy_route(head.target, private=False)
+    found = proxy_route(head.target, private=False, whose=out.slot)
     if found is None:
         raise bad("the request target is not an http:// address")
     route, target = found
@@ -90,5 +90,5 @@ def egress_way(head: RequestHead, out: WayOut) -> Way:
         flow.close()
         raise answers.no_websocket()
     if flow.private:
-        route, target = proxy_route(head.target, private=True) or found
+        route, target = proxy_route(head.target, private=True, whose=out.slot) or found
     return Way(route, target, flow=flow)

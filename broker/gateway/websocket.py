@@ -1,4 +1,5 @@
 """A call that becomes a WebSocket to a provider: admitted like any other, then frames pass, and usage is heard.
+Of an answer that says nothing of it, or is left before its end, it is estimated.
 
 A limit on calls at once holds for the handshake alone: a conversation's socket stays open while nobody asks anything.
 Frames are never held up, so what is asked in them counts against the other limits and budgets when its answer is
@@ -16,14 +17,20 @@ from broker.gateway.admission import Ticket, Waiting
 from broker.gateway.caller import Endpoint
 from broker.gateway.context import Context
 from broker.gateway.heads import RequestHead
-from broker.gateway.meter import frame_usage
+from broker.gateway.meter import Usage
+from broker.gateway.records import Outcome
 from broker.gateway.routes import passed
 from broker.gateway.tunnel import MAX_EARLY, Mouth
+from broker.gateway.turn_meter import TurnMeter
 from broker.gateway.upgrade import Upgrade, upgrade_head
 from broker.gateway.ways import Way
 
 LEAST = 1
 """Tokens reserved for what is not known yet: enough to be refused when a limit on tokens is used up."""
+
+
+def _nothing(_: object) -> None:
+    """Nobody waits for it."""
 
 
 class WebSocketCall:
@@ -50,6 +57,7 @@ class WebSocketCall:
         self._early_size = 0
         self._held = False
         self._over = False
+        self._meter = TurnMeter()
         self._began = self._asked_at = self._context.clock()
 
     # -- the sandbox's side
@@ -69,6 +77,7 @@ class WebSocketCall:
     def from_sandbox(self, data: bytes) -> None:
         if self._upgrade is not None:
             self._asked_at = self._context.clock()
+            self._meter.asked(len(data))
             self._upgrade.from_sandbox(data)
             return
         self._early.append(data)
@@ -136,6 +145,7 @@ class WebSocketCall:
         self._upgrade.hold(self._held)
         early, self._early = self._early, []
         for data in early:
+            self._meter.asked(len(data))
             self._upgrade.from_sandbox(data)
 
     # -- what came of it
@@ -145,16 +155,34 @@ class WebSocketCall:
 
     def _heard(self, text: bytes) -> None:
         """A message of the provider: one that ends an answer says what it used."""
-        usage = frame_usage(text)
+        usage = self._meter.heard(text)
         if usage is not None:
-            now = self._context.clock()
-            self._context.usage.add(
-                record(
-                    self._caller, self._plan.name, Endpoint.GENERATE, usage, status=101, outcome="ok",
-                    duration_s=now - self._asked_at, upstream=max(self._index, 0),
-                )
-            )  # fmt: skip
+            self._account(usage, "ok")
             self._charge(usage.tokens)
+
+    def _account(self, usage: Usage, outcome: Outcome) -> None:
+        now = self._context.clock()
+        self._context.usage.add(
+            record(
+                self._caller, self._plan.name, Endpoint.GENERATE, usage, status=101, outcome=outcome,
+                duration_s=now - self._asked_at, upstream=max(self._index, 0),
+            )
+        )  # fmt: skip
+
+    def _left(self) -> None:
+        """The socket is over. An answer that was on its way has cost what was made of it."""
+        usage = self._meter.left()
+        if usage is None:
+            return
+        self._account(usage, "gone" if self._over else "cut")
+        try:
+            found = self._plan.admission.enter(self._caller, self._own, LEAST, _nothing, _nothing)
+        except CortexError:
+            return
+        if isinstance(found, Ticket):
+            found.release(self._context.clock(), usage.tokens)
+        else:
+            found.cancel()
 
     def _charge(self, tokens: int | None) -> None:
         """An answer is there: it counts as a call of so many tokens."""
@@ -189,6 +217,7 @@ class WebSocketCall:
 
     def _let_go(self, outcome: Literal["ok", "failed", "neutral"]) -> None:
         self._release(None)
+        self._left()
         index, self._index = self._index, -1
         if index >= 0:
             now = self._context.clock()

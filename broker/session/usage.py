@@ -19,6 +19,7 @@ from broker.gateway.records import Record, from_wire
 from broker.host.tasks import TaskOwner
 from broker.metrics import USAGE_LOST
 from broker.session.fastest import FASTEST, Speeds, resolved, with_models
+from broker.session.model_names import MAX_KNOWN, ModelNames
 from broker.session.prices import UNCHARGED, Budgets, cost_of, period, price_of
 from broker.session.usage_metrics import UsageMetrics
 from broker.store.usage import By, SpeedRow, UsageFilter, UsageStore, UsageSum, UsedCall
@@ -57,6 +58,7 @@ class Accounting:
         self._budgets = Budgets()
         self._told: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
         self._speeds = Speeds()
+        self._names = ModelNames()
         self._metrics = UsageMetrics()
         self._erased: dict[str, float] = {}
         self._resolved: tuple[Config, Mapping[str, str], Config] | None = None
@@ -64,6 +66,7 @@ class Accounting:
     async def open(self) -> None:
         """Reads what there is. Raises ``CortexError``."""
         self._speeds = Speeds(await self._store.speeds())
+        self._names = ModelNames(await self._store.answered(MAX_KNOWN))
         await self._begin_period()
 
     def start(self, gateway: Gateway) -> None:
@@ -118,7 +121,11 @@ class Accounting:
         settings = self._config().gateway
         calls = [call for call in map(_read, report.get("records", ())) if call is not None and self._counts(call)]
         costs = {call.id: cost_of(price_of(settings.prices, call.model), call) for call in calls}
-        fresh = await self._store.add([_row(call, costs[call.id]) for call in calls]) if calls else frozenset()
+        fresh = (
+            await self._store.add([_row(call, self._names.of(call), costs[call.id]) for call in calls])
+            if calls
+            else frozenset()
+        )
         await self._note([call for call in calls if call.id in fresh], costs)
         if self._gateway is not None:
             self._gateway.usage_seen(str(report.get("boot", "")), int(report.get("upto", 0)))
@@ -218,8 +225,8 @@ def _read(found: Any) -> Record | None:
         return None
 
 
-def _row(call: Record, cost: float) -> UsedCall:
-    """As it is kept. An answer that no provider was asked for used no tokens."""
+def _row(call: Record, model: str, cost: float) -> UsedCall:
+    """As it is kept, under the name ``model``. An answer that no provider was asked for used no tokens."""
     charged = call.cached not in UNCHARGED
     return UsedCall(
         id=call.id,
@@ -229,7 +236,7 @@ def _row(call: Record, cost: float) -> UsedCall:
         workspace=call.workspace,
         agent=call.agent,
         provider=call.provider,
-        model=call.model,
+        model=model,
         endpoint=call.endpoint,
         status=call.status,
         outcome=call.outcome,
@@ -243,4 +250,5 @@ def _row(call: Record, cost: float) -> UsedCall:
         duration_s=call.duration_s,
         queue_s=call.queue_s,
         ttft_s=call.ttft_s if charged else None,
+        estimated=call.estimated and charged,
     )

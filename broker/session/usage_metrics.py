@@ -5,11 +5,11 @@ from __future__ import annotations
 from broker import metrics
 from broker.config_gateway import GatewayConfig, ProviderConfig
 from broker.gateway.records import Record
+from broker.session.model_names import OTHER
 from broker.session.prices import UNCHARGED, price_of
 
 MAX_MODELS = 64
 """That have a label of their own: any sandbox can name as many as it likes."""
-OTHER = "other"
 
 
 class UsageMetrics:
@@ -41,8 +41,9 @@ class UsageMetrics:
             metrics.GEN_AI_TOKENS.labels(*about, "output").observe(call.output)
         if not failed and call.ttft_s is not None and call.endpoint == "generate":
             metrics.GEN_AI_FIRST_TOKEN.labels(*about).observe(max(0.0, call.ttft_s - call.queue_s))
-            if call.output is not None and call.output > 1 and call.duration_s > call.ttft_s:
-                each = (call.duration_s - call.ttft_s) / (call.output - 1)
+            said = None if call.estimated else call.output
+            if said is not None and said > 1 and call.duration_s > call.ttft_s:
+                each = (call.duration_s - call.ttft_s) / (said - 1)
                 metrics.GEN_AI_OUTPUT_TOKEN.labels(*about).observe(each)
 
     def _label(self, model: str, *, real: bool) -> str:

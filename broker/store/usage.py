@@ -42,6 +42,7 @@ class UsedCall:
     duration_s: float
     queue_s: float
     ttft_s: float | None
+    estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,14 @@ class UsageFilter:
 @dataclass(frozen=True)
 class UsageSum:
     """``key``: a name, or the begin of an hour or day as seconds since the epoch; ``cached``: calls that no provider
-    was asked for; ``duration_s``, ``ttft_s``: added up, the latter of ``ttft_calls``."""
+    was asked for; ``estimated``: those whose tokens no provider has said; ``duration_s``, ``ttft_s``: added up, the
+    latter of ``ttft_calls``."""
 
     key: str | int
     calls: int
     errors: int
     cached: int
+    estimated: int
     input: int
     output: int
     cache_read: int
@@ -91,14 +94,14 @@ _INSERT = (
     "ON CONFLICT (id) DO NOTHING RETURNING id"
 )
 _COUNTS = ("input", "output", "cache_read", "cache_write", "reasoning", "cost_usd", "duration_s", "ttft_s")
-_SUMS = ("calls", "errors", "cached", *_COUNTS, "ttft_calls")
+_SUMS = ("calls", "errors", "cached", "estimated", *_COUNTS, "ttft_calls")
 _TOTALS = ", ".join(
     f"total({name})" if name.endswith(("_s", "_usd")) else f"coalesce(sum({name}), 0)" for name in _COUNTS
 )
 _HOURS = (
     f"INSERT INTO usage_hours (hour, user, team, provider, model, {', '.join(_SUMS)}) "
     f"SELECT CAST(at AS INTEGER) / {HOUR}, user, team, provider, model, "
-    "count(*), sum(outcome <> 'ok' OR status >= 400), sum(cached IN ('hit', 'coalesced')), "
+    "count(*), sum(outcome <> 'ok' OR status >= 400), sum(cached IN ('hit', 'coalesced')), sum(estimated), "
     f"{_TOTALS}, count(ttft_s) FROM usage_calls WHERE id IN (SELECT value FROM json_each(?)) "
     "AND endpoint IN ('generate', 'embed') GROUP BY 1, 2, 3, 4, 5 "
     "ON CONFLICT (hour, user, team, provider, model) DO UPDATE SET "
@@ -142,6 +145,15 @@ class UsageStore:
             (wanted.since, wanted.until, *wanted.equal.values(), limit),
         )
         return [UsageSum(*row) for row in rows]
+
+    async def answered(self, limit: int) -> list[tuple[str, str]]:
+        """Providers and models of which answers came, the latest last; ``limit`` of them."""
+        rows = await self._db.read(
+            "SELECT provider, model FROM usage_hours WHERE calls > errors "
+            "GROUP BY 1, 2 ORDER BY max(hour) DESC LIMIT ?",
+            (limit,),
+        )
+        return [(provider, model) for provider, model in reversed(rows)]
 
     async def spent(self, by: Literal["user", "team"], since_hour: int) -> dict[str, float]:
         """USD by name."""

@@ -431,6 +431,30 @@ async def test_answers_that_are_read_here_are_not_compressed_and_others_may_be(p
                 assert response.headers["content-encoding"] == "gzip"
 
 
+async def test_an_answer_that_is_compressed_all_the_same_passes_and_is_counted(place: Place) -> None:
+    async def serve(request: web.Request) -> web.Response:
+        heard.append(request.headers["accept-encoding"])
+        return web.Response(body=b"packed", headers={"content-type": "application/json", "content-encoding": "br"})
+
+    heard: list[str] = []
+    async with app_server(serve) as port:
+        place.servers[0].port, kept = port, place.servers[0].port
+        await place.use(p=place.policy(0))
+        place.servers[0].port = kept
+        before = place.gateway.link.health().get("unread", 0)
+        headers = {"accept-encoding": "br, identity;q=0"}
+        connector = aiohttp.UnixConnector(place.path)
+        async with (
+            aiohttp.ClientSession("http://g", connector=connector, auto_decompress=False) as client,
+            client.post(CHAT, json=ASK, headers=headers) as response,
+        ):
+            assert (await response.read(), response.headers["content-encoding"]) == (b"packed", "br")
+    assert heard == ["identity"]
+    async with asyncio.timeout(10):
+        while place.gateway.link.health().get("unread", 0) != before + 1:
+            await asyncio.sleep(0.02)
+
+
 # Changes while it runs
 
 

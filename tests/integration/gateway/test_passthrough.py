@@ -51,6 +51,7 @@ async def test_path_credential_and_host_are_the_providers(gw: Rig) -> None:
     async with app_server(echo) as port:
         slot = await gw.put(anthropic(port, "/base"))
         headers = {"x-api-key": "fake", "Authorization": "Bearer fake", "Cookie": "c=1", "anthropic-beta": "one,two"}
+        headers |= {"OpenAI-Organization": "mine", "anthropic-workspace-id": "mine"}
         async with client(slot.gateway_path) as http:
             answer = await http.post("/anthropic/v1/messages?beta=true&key=fake", data=b"hi", headers=headers)
             got = await answer.json()
@@ -63,7 +64,7 @@ async def test_path_credential_and_host_are_the_providers(gw: Rig) -> None:
     assert names.count("x-api-key") == 1
     assert values["host"] == f"127.0.0.1:{port}"
     assert values["anthropic-beta"] == "one,two"
-    assert not {"authorization", "cookie"} & set(names)
+    assert not {"authorization", "cookie", "openai-organization", "anthropic-workspace-id"} & set(names)
     assert answer.headers["X-Kept"] == "yes"
     assert "Set-Cookie" not in answer.headers
 

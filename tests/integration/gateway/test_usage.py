@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -39,6 +40,15 @@ async def provider(request: web.Request) -> web.StreamResponse:
     body = await request.json()
     if body.get("fail"):
         return web.json_response({"error": {"type": "invalid_request_error"}}, status=400)
+    if body.get("stream"):
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(100):
+            await response.write(b'data: {"model":"sonnet","choices":[{"delta":{"content":"four"}}],"usage":null}\n\n')
+        if body.get("cut"):
+            assert request.transport is not None
+            request.transport.abort()
+        return response
     if request.path.endswith("/chat/completions"):
         usage = {"prompt_tokens": 40, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 30}}
         return web.json_response({"model": body["model"], "choices": [], "usage": usage})
@@ -131,11 +141,16 @@ async def world(directory: Path, **settings: Any) -> AsyncIterator[tuple[Books, 
         async def ask(path: str = "/anthropic/v1/messages", **body: Any) -> int:
             async with client(gw.slots[gw.slot].gateway_path) as http:
                 response = await http.post(path, json={"model": "sonnet", **body})
-                await response.read()
+                try:
+                    await response.read()
+                except aiohttp.ClientPayloadError:
+                    assert body["cut"]
                 return response.status
 
-        yield books, ask
-        await books.close()
+        try:
+            yield books, ask
+        finally:
+            await books.close()
 
 
 async def test_what_providers_say_is_what_is_stored(tmp_path: Path) -> None:
@@ -153,6 +168,19 @@ async def test_what_providers_say_is_what_is_stored(tmp_path: Path) -> None:
         assert (gpt.input, gpt.output, gpt.cache_read, gpt.cost_usd) == (40, 7, 30, 0.0)
         who = await books._db.read("SELECT DISTINCT user, team, workspace, agent FROM usage_calls")
         assert who == [("u1", "red", "main", "claude")]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_who_does_not_let_the_provider_say_what_was_used_spends_a_budget_too(tmp_path: Path, cut: bool) -> None:
+    # 100 tokens of output are 0.001 USD.
+    async with world(tmp_path, budgets={"period": "month", "user_usd": 0.0011}) as (books, ask):
+        chat = "/openai/v1/chat/completions"
+        assert await ask(chat, stream=True, cut=cut, messages="x" * 400) == 200
+        (sonnet,) = (await books.until(1)).values()
+        assert (sonnet.key, sonnet.estimated, sonnet.output) == ("sonnet", 1, 100)
+        assert 100 < sonnet.input < 150
+        await books.gw.put(books.providers, identity=ME)
+        assert await ask() == 429
 
 
 async def test_a_broker_that_dies_before_it_answers_counts_nothing_twice_and_loses_nothing(tmp_path: Path) -> None:

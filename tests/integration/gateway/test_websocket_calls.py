@@ -21,15 +21,27 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 USAGE = {"input_tokens": 120, "input_tokens_details": {"cached_tokens": 80}, "output_tokens": 40}
 FEW = Limits(user=Limit(rpm=3), waiting=0)
 SMALL = Limits(user=Limit(tpm=400), waiting=0)
+HALF = (
+    {"type": "response.created", "response": {"id": "r", "model": "gpt-5.5", "usage": None}},
+    *({"type": "response.output_text.delta", "delta": "four"} for _ in range(50)),
+)
 FINAL = {"type": "response.completed", "response": {"id": "r", "model": "gpt-5.5", "usage": USAGE}}
 
 
 async def model(socket: ServerConnection) -> None:
-    """Says which credential came, then answers each message by the end of a response."""
+    """Says which credential and account came, then answers each message by the end of a response."""
     assert socket.request is not None
-    await socket.send(json.dumps({"type": "hello", "authorization": socket.request.headers["authorization"]}))
-    async for _ in socket:
-        await socket.send(json.dumps(FINAL))
+    headers = socket.request.headers
+    who = {"authorization": headers["authorization"], "account": headers.get("openai-project")}
+    await socket.send(json.dumps({"type": "hello", **who}))
+    async for message in socket:
+        if "half" in str(message):
+            for event in HALF:
+                await socket.send(json.dumps(event))
+            if "cut" in str(message):
+                socket.transport.abort()
+        else:
+            await socket.send(json.dumps(FINAL))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -58,7 +70,7 @@ def path(gw: Rig) -> str:
 
 
 def connect(gw: Rig, provider: str = "openai") -> websockets.connect:
-    headers = {"Authorization": "Bearer placeholder"}
+    headers = {"Authorization": "Bearer placeholder", "OpenAI-Project": "mine"}
     return websockets.unix_connect(path(gw), f"ws://localhost/{provider}/v1/responses", additional_headers=headers)
 
 
@@ -75,13 +87,29 @@ async def usage(gw: Rig, count: int) -> list[dict[str, Any]]:
 async def test_the_credential_is_put_in_and_each_answer_is_counted(gw: Rig) -> None:
     gw.reports.clear()
     async with asyncio.timeout(20), connect(gw) as socket:
-        assert json.loads(await socket.recv())["authorization"] == f"Bearer {KEY}"
+        told = json.loads(await socket.recv())
+        assert (told["authorization"], told["account"]) == (f"Bearer {KEY}", None)
         for _ in range(2):
             await socket.send(json.dumps({"type": "response.create", "model": "gpt-5.5"}))
             assert json.loads(await socket.recv()) == FINAL
     for record in await usage(gw, 2):
         assert (record["provider"], record["model"], record["user"]) == ("openai", "gpt-5.5", "u1")
         assert (record["input"], record["cache_read"], record["output"]) == (120, 80, 40)
+
+
+@pytest.mark.parametrize("by", ["the sandbox", "cut"])
+async def test_an_answer_that_is_left_before_its_end_is_counted_too(gw: Rig, by: str) -> None:
+    gw.reports.clear()
+    async with asyncio.timeout(20), connect(gw) as socket:
+        await socket.recv()
+        await socket.send(json.dumps({"half": by, "input": "x" * 400}))
+        for _ in HALF:
+            await socket.recv()
+        socket.transport.abort()
+    (record,) = await usage(gw, 1)
+    assert (record["model"], record["output"], record["estimated"]) == ("gpt-5.5", 50, True)
+    assert 100 <= record["input"] < 120
+    assert record["outcome"] in ("gone", "cut")
 
 
 async def test_where_the_policy_has_no_websocket_the_answer_is_426_at_once(gw: Rig) -> None:

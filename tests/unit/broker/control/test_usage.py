@@ -24,7 +24,7 @@ async def used(api: Api) -> Api:
     await store.add(
         [
             replace(CALL, id="1", at=AT),
-            replace(CALL, id="2", at=AT + 3600, ttft_s=None, outcome="error", status=500, cost_usd=0.0),
+            replace(CALL, id="2", at=AT + 3600, ttft_s=None, outcome="cut", cost_usd=0.0, estimated=True),
             replace(CALL, id="3", at=AT + 86_400, user="bob", team="", model="haiku", cached="hit", cost_usd=0.25),
         ]
     )
@@ -35,8 +35,8 @@ async def test_usage_is_added_up_with_a_total(used: Api) -> None:
     status, told = await used.call("GET", "/v1/usage")
     assert (status, told["by"], [row["key"] for row in told["rows"]]) == (200, "user", ["ann", "bob"])
     assert told["rows"][0] == {
-        "key": "ann", "calls": 2, "errors": 1, "cached": 0, "input": 200, "output": 20, "cache_read": 120,
-        "cache_write": 0, "reasoning": 0, "cost_usd": 0.5, "mean_s": 2.0, "mean_ttft_s": 0.25,
+        "key": "ann", "calls": 2, "errors": 1, "cached": 0, "estimated": 1, "input": 200, "output": 20,
+        "cache_read": 120, "cache_write": 0, "reasoning": 0, "cost_usd": 0.5, "mean_s": 2.0, "mean_ttft_s": 0.25,
     }  # fmt: skip
     assert (told["total"]["calls"], told["total"]["cost_usd"], told["total"]["mean_ttft_s"]) == (3, 0.75, 0.25)
 
@@ -89,7 +89,7 @@ async def test_the_verb_prints_a_table(run: Run, used: Api) -> None:
     assert status == 0
     head, first, second, total = out.splitlines()
     assert head.split()[:2] == ["day", "calls"]
-    assert first.split() == ["2026-01-01", "2", "1", "0", "200", "120", "0", "20", "0.5000", "2.00", "0.25"]
+    assert first.split() == ["2026-01-01", "2", "1", "0", "1", "200", "120", "0", "20", "0.5000", "2.00", "0.25"]
     assert second.split()[:2] == ["2026-01-02", "1"]
     assert total.split()[:4] == ["all", "of", "these", "3"]
     status, out, _ = await run("usage", "--user", "bob", "--json")

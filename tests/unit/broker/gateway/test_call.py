@@ -54,6 +54,46 @@ async def test_providers_that_stand_in_for_each_other_and_are_all_down_are_not_a
         assert len(at.network.servers) == 2
 
 
+@pytest.mark.parametrize("accepted", ["br", "zstd, identity;q=0", "br;q=1, *;q=0"])
+@pytest.mark.parametrize("scheme", ["", "PASS"])
+async def test_no_answer_escapes_the_meter_by_what_the_sandbox_accepts(accepted: str, scheme: str) -> None:
+    async with world(p=policy()) as at:
+        if scheme:
+            at.slot(p=scheme)
+        _, sandbox = at.ask(ASK, f"Accept-Encoding: {accepted}")
+        assert at.network.last.got.count(b"ccept-") == at.network.last.got.count(b"accept-encoding: identity\r\n") == 1
+        at.network.last.answer(200, b"packed", content_type="application/json", content_encoding="br")
+        assert sandbox.got.endswith(b"content-encoding: br\r\ncontent-length: 6\r\n\r\npacked")
+        assert at.context.stats.unread == 1
+
+
+SAYS_NOTHING = b'data: {"model":"m","choices":[{"delta":{"content":"twelve bytes"}}]}\n\n'
+
+
+@pytest.mark.parametrize("ends", ["end", "lose", "abort"])
+async def test_a_stream_that_does_not_say_what_it_used_is_estimated(ends: str) -> None:
+    async with world(p=policy("a", limits=Limits(user=Limit(tpm=1000)))) as at:
+        call, _ = at.ask(b'{"model":"m","stream":true}' + b" " * 373)
+        at.network.last.head(200, content_type="text/event-stream")
+        at.network.last.body(SAYS_NOTHING)
+        call.abort() if ends == "abort" else getattr(at.network.last, ends)()
+        (record,) = at.log.records
+        assert (record.model, record.input, record.output, record.estimated) == ("m", 100, 3, True)
+        assert at.context.plans._named["p"].admission._gates._users["ann"].used_tokens == 103
+
+
+@pytest.mark.parametrize("ends", ["answered 400", "answered 500", "lose", "abort"])
+async def test_a_call_that_was_not_answered_costs_nothing(ends: str) -> None:
+    async with world(p=policy(retries=0)) as at:
+        call, _ = at.ask(ASK)
+        if ends.startswith("answered"):
+            at.network.last.answer(int(ends[-3:]))
+        else:
+            call.abort() if ends == "abort" else at.network.last.lose()
+        (record,) = at.log.records
+        assert (record.input, record.output, record.estimated) == (None, None, False)
+
+
 async def test_what_a_cli_brought_for_one_provider_is_not_told_to_another() -> None:
     async with world(p=policy("a", fallback=("q", "r")), q=policy("b"), r=policy("c", keys=("sk-r",))) as at:
         at.slot(p="PASS", q="PASS")

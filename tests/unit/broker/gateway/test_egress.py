@@ -139,6 +139,29 @@ async def test_a_tunnel_that_is_still_dialled_is_cut_too(outside: Outside, monke
     writer.close()
 
 
+@pytest.mark.parametrize("request_", [TUNNEL, PLAIN])
+@pytest.mark.parametrize("private", [False, True])
+async def test_a_sandbox_whose_names_are_slow_is_told_and_holds_up_no_provider(
+    outside: Outside, monkeypatch: pytest.MonkeyPatch, request_: str, private: bool
+) -> None:
+    hanging = threading.Event()
+    monkeypatch.setattr(resolve, "_getaddrinfo", lambda host: hanging.wait(10) and ["127.0.0.1"])
+    wild = ("*.shop.example",)
+    outside.state.update(outside.entry(hosts=wild, private=wild if private else ()))
+    asked = []
+    for number in range(resolve.MAX_OF_ONE + 1):
+        name = f"n{number}.shop.example:{outside.port}"
+        asked.append(asyncio.ensure_future(outside.asked(request_.replace("HOST", name))))
+    done, _ = await asyncio.wait(asked, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+    (refused,) = done
+    assert "429" in refused.result()
+    assert "(egress.limit)" in refused.result()
+    operators, guests = outside.context._resolvers
+    assert (len(operators._pending), len(guests._pending)) == (0, resolve.MAX_OF_ONE)
+    hanging.set()
+    await asyncio.gather(*asked)
+
+
 async def test_what_could_not_be_told_is_told_later(outside: Outside) -> None:
     outside.context.report = lambda _: False
     assert "403" in await outside.asked(TUNNEL.replace("HOST", "evil.example:443"))

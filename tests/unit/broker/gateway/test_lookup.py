@@ -13,8 +13,10 @@ from broker.gateway.context import Context
 from broker.gateway.fetch import Fetched
 from broker.gateway.heads import RequestHead, ResponseHead, parse_request
 from broker.gateway.lookup import Lookup
+from broker.gateway.messages import Provider, Scheme
 from broker.gateway.plan import Plan
 from broker.gateway.policy import CacheRule, CacheStore, Policy
+from broker.gateway.routes import Route, compile_routes
 from broker.host.tasks import TaskOwner
 
 TARGET = b"/v1/chat/completions"
@@ -78,10 +80,15 @@ def plan(context: Context, name: str) -> Plan:
     return found
 
 
+def route(scheme: Scheme = "key") -> Route:
+    return compile_routes({"p": Provider("openai", "http://h:1", scheme=scheme)})[b"p"]
+
+
 def look(
-    context: Context, name: str, *, scope: str = "operator", body: bytes = ASK, asked: RequestHead | None = None
-) -> tuple[Lookup, Audience]:
-    lookup, audience = Lookup(context, plan(context, name), scope, Endpoint.GENERATE), Audience()
+    context: Context, name: str, *, scope: str = "operator", body: bytes = ASK, asked: RequestHead | None = None,
+    scheme: Scheme = "key",
+) -> tuple[Lookup, Audience]:  # fmt: skip
+    lookup, audience = Lookup(context, plan(context, name), route(scheme), scope, Endpoint.GENERATE), Audience()
     lookup.find(asked or head(), TARGET, body, audience, audience.ask, unsent)
     return lookup, audience
 
@@ -109,6 +116,21 @@ async def test_a_whole_answer_is_given_again_to_who_has_the_same_credential(cont
     assert look(context, "kept", scope="another")[1].asked == 1
     assert look(context, "kept", body=ASK.replace(b"0", b"1"))[1].asked == 1, "what is random is asked"
     assert look(context, "kept", asked=head(b"Cache-Control: no-cache\r\n"))[1].asked == 1
+
+
+@pytest.mark.parametrize("header", [b"OpenAI-Project: mine\r\n", b"Accept-Encoding: br\r\n"])
+async def test_what_a_provider_does_not_get_to_see_makes_no_other_question(context: Context, header: bytes) -> None:
+    first, _ = look(context, "kept")
+    answer(first)
+    assert look(context, "kept", asked=head(header))[0].cached == "hit"
+
+
+async def test_answers_are_kept_by_account_where_the_sandbox_says_who_pays(context: Context) -> None:
+    first, _ = look(context, "kept", asked=head(b"OpenAI-Project: one\r\n"), scheme="passthrough")
+    answer(first)
+    for project, hit in ((b"one", "hit"), (b"two", "")):
+        again, _ = look(context, "kept", asked=head(b"openai-project: %s\r\n" % project), scheme="passthrough")
+        assert again.cached == hit
 
 
 @pytest.mark.parametrize("how", ["dropped", "elsewhere"])
@@ -196,7 +218,8 @@ async def test_embeddings_go_together_unless_the_budget_is_spent(context: Contex
 
     body = b'{"model": "e", "input": "a"}'
     lookups = [
-        Lookup(context, plan(context, "batch"), "operator", Endpoint.EMBED, may_spend=may) for may in (True, False)
+        Lookup(context, plan(context, "batch"), route(), "operator", Endpoint.EMBED, may_spend=may)
+        for may in (True, False)
     ]
     audiences = [Audience(), Audience()]
     for lookup, audience in zip(lookups, audiences, strict=True):
@@ -208,3 +231,35 @@ async def test_embeddings_go_together_unless_the_budget_is_spent(context: Contex
             await asyncio.sleep(0.001)
     assert audiences[0].heard == ["head 401", "no", "end"]
     assert len(sent) == 1
+
+
+async def test_embeddings_that_are_wanted_fresh_and_what_are_none_go_alone(context: Context) -> None:
+    fresh = head(b"Cache-Control: no-cache\r\n")
+    for endpoint, asked in ((Endpoint.EMBED, fresh), (Endpoint.GENERATE, head())):
+        lookup, audience = Lookup(context, plan(context, "batch"), route(), "operator", endpoint), Audience()
+        lookup.find(asked, b"/v1/embeddings", b'{"model": "e", "input": "a"}', audience, audience.ask, unsent)
+        assert (audience.asked, lookup.cached) == (1, "")
+
+
+async def test_a_stand_in_that_the_same_credential_pays_is_shared(context: Context) -> None:
+    leader, _ = look(context, "shared")
+    _, audience = look(context, "shared")
+    leader.elsewhere(shared=True)
+    answer(leader)
+    await asyncio.sleep(0)
+    assert (audience.heard[0], audience.heard[-1]) == ("head 200", "end")
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_answers_that_are_kept_elsewhere_are_waited_for_unless_the_call_is_over(
+    context: Context, gone: bool
+) -> None:
+    context.responses.asynchronous = True
+    lookup, audience = look(context, "kept")
+    assert (audience.asked, audience.heard) == (0, []), "it is being looked for"
+    if gone:
+        lookup.drop()
+    async with asyncio.timeout(5):
+        while len(context.tasks):
+            await asyncio.sleep(0)
+    assert audience.asked == (not gone)

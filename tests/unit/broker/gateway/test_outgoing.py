@@ -136,3 +136,40 @@ def test_a_sandbox_that_has_gone_gets_nothing_more() -> None:
     out.body([b"cd"])
     out.end()
     assert b"".join(down.writes).endswith(b"ab")
+
+
+def test_an_answer_that_has_no_body_says_no_length_either() -> None:
+    down = Down()
+    out = outgoing(down)
+    begin(out, head(204, 5))
+    out.end()
+    assert down.writes == [b"HTTP/1.1 204 OK\r\nx-a: 1\r\n\r\n"]
+
+
+def test_a_stream_from_before_is_a_stream_again() -> None:
+    down = Down()
+    out = outgoing(down)
+    out.recorded(Recorded(200, b"OK", [], [], True), metered=False)
+    out.body([b"ab"])
+    out.end()
+    assert down.writes == [b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n"]
+
+
+def test_a_connection_that_is_to_end_is_said_to_with_the_answer() -> None:
+    down = Down()
+    down.closing_soon = True
+    out = outgoing(down)
+    begin(out, head(length=0))
+    out.flush()
+    assert b"\r\nconnection: close\r\n" in down.writes[0]
+
+
+def test_an_answer_began_with_its_first_bytes_and_each_is_a_sign_of_life() -> None:
+    times = iter((7.0, 8.0))
+    down = Down()
+    out = Outgoing(down, None, lambda: next(times))
+    begin(out, head(length=2))
+    assert (out.first, down.touched) == (None, 1)
+    out.body([b"o"])
+    out.body([b"k"])
+    assert (out.first, down.touched) == (7.0, 3)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from broker.errors import Code, CortexError
 from broker.gateway.heads import RequestHead, parse_request, parse_response
-from broker.gateway.messages import Provider
+from broker.gateway.messages import Provider, Scheme
 from broker.gateway.policy import Kind
 from broker.gateway.routes import (
     Route,
@@ -93,6 +93,28 @@ def test_where_the_cli_has_its_own_credentials_they_pass_and_nothing_is_put_in()
     assert got[:2] == [b"POST /v1/x?key=own&alt=sse HTTP/1.1", b"host: h"]
     names = [line.partition(b":")[0].lower() for line in got[2:]]
     assert names == [b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key", b"x-auth-token"]
+
+
+ACCOUNT = (
+    b"OpenAI-Organization: o\r\nopenai-project: o\r\nChatGPT-Account-Id: o\r\nanthropic-workspace-id: o\r\n"
+    b"X-Goog-User-Project: o\r\nX-HF-Bill-To: o\r\nX-DashScope-WorkSpace: o\r\n"
+)
+
+
+@pytest.mark.parametrize("credential", ["k", ""])
+@pytest.mark.parametrize("scheme", ["key", "bearer"])
+def test_a_sandbox_does_not_choose_who_pays(scheme: Scheme, credential: str) -> None:
+    target = b"/p/v1/x?userProject=o&%24userproject=o&alt=sse"
+    got = sent(Provider("openai", "https://h", credential, scheme=scheme), ACCOUNT, target)
+    assert got[0] == b"POST /v1/x?alt=sse HTTP/1.1"
+    assert not [line for line in got if line.endswith(b": o")]
+
+
+def test_whose_account_pays_is_the_owners_choice() -> None:
+    provider = Provider("openai", "https://h", "k", headers={"OpenAI-Organization": "ours"})
+    assert sent(provider, ACCOUNT)[2:] == [b"authorization: Bearer k", b"openai-organization: ours"]
+    own = sent(Provider("openai", "https://h", scheme="passthrough"), ACCOUNT, b"/p/v1/x?userProject=o")
+    assert own == [b"POST /v1/x?userProject=o HTTP/1.1", b"host: h", *ACCOUNT.split(b"\r\n")[:-1]]
 
 
 def test_only_that_provider_lets_them_pass() -> None:

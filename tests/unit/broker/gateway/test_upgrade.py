@@ -42,13 +42,17 @@ def test_no_extension_is_offered() -> None:
     assert b"permessage" not in made(KEY, offer, passed=offer)
 
 
-def test_a_key_among_the_subprotocols_is_left_out_unless_the_sandboxs_own_keys_pass() -> None:
-    offered = b"Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sk-1\r\nSec-WebSocket-Protocol: v2\r\n"
+def test_a_key_or_account_among_the_subprotocols_is_left_out_unless_the_sandboxs_own_keys_pass() -> None:
+    offered = (
+        b"Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.sk-1\r\n"
+        b"Sec-WebSocket-Protocol: OpenAI-Organization.o, openai-project.p, v2\r\n"
+    )
     assert b"sec-websocket-protocol: realtime, v2\r\n" in made(KEY, offered)
     assert b"sk-1" not in made(KEY, offered, passed=offered)
-    assert b"sec-websocket-protocol: realtime, openai-insecure-api-key.sk-1, v2\r\n" in made(
-        KEY, offered, own_keys=True
-    )
+    assert (
+        b"sec-websocket-protocol: realtime, openai-insecure-api-key.sk-1, OpenAI-Organization.o, openai-project.p, v2"
+        b"\r\n"
+    ) in made(KEY, offered, own_keys=True)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from broker.errors import Code, CortexError
 from broker.gateway.records import Record, to_wire
 from broker.metrics import USAGE_LOST
 from broker.session import usage as usage_module
+from broker.session.model_names import MAX_OF_USER
 from broker.session.usage import Accounting
 from broker.store.db import Database
 from broker.store.usage import SpeedRow, UsageFilter, UsageStore
@@ -178,6 +179,23 @@ async def test_those_who_have_spent_fit_into_a_message(world: World, monkeypatch
     await world.tell(accounting, *(call(number, user=f"user{number}", team="red") for number in range(5)))
     assert accounting.spent()["teams"] == ["red"]
     assert accounting.spent()["users"] == ["user0"]
+    await accounting.close()
+
+
+async def test_names_that_a_sandbox_makes_up_are_accounted_as_one(world: World) -> None:
+    accounting = await world.open()
+    made_up = [call(number, model=f"x{number}", status=404, outcome="error", input=None) for number in range(2, 40)]
+    await world.tell(accounting, call(1), *made_up)
+    await accounting.close()
+    # The next broker knows who has answered.
+    accounting = await world.open()
+    await world.tell(accounting, call(50, status=500, outcome="error", input=None))
+    await world.tell(accounting, *(call(100 + number, model=f"y{number}") for number in range(100)))
+    rows = {one.key: one for one in await accounting.sums(UsageFilter(), "model")}
+    assert (rows["m"].calls, rows["m"].cost_usd, rows["m"].errors) == (2, 1.0, 1)
+    assert not [name for name in rows if str(name).startswith("x")]
+    assert len(rows) <= MAX_OF_USER + 2
+    assert sum(one.calls for one in rows.values()) == 140
     await accounting.close()
 
 

@@ -39,6 +39,12 @@ def test_a_call_is_seen_in_every_metric() -> None:
     assert plain("cortex_gateway_retries_total", provider="um") == 2
 
 
+def test_an_estimate_says_nothing_of_the_time_a_token_takes() -> None:
+    observe(UsageMetrics(), model="about", duration_s=3.0, ttft_s=1.0, input=100, output=21, estimated=True)
+    assert value("gen_ai_client_token_usage_sum", "about", gen_ai_token_type="output") == 21
+    assert value("gen_ai_server_time_per_output_token_seconds_count", "about") == 0
+
+
 def test_errors_say_of_what_kind() -> None:
     into = UsageMetrics()
     observe(into, model="e", ttft_s=None)

@@ -41,13 +41,14 @@ CALL = UsedCall(
 
 async def test_what_is_told_twice_counts_once(db: Database) -> None:
     store = UsageStore(db)
-    other = replace(CALL, id="b-2", ttft_s=None, outcome="cut", input=None)
+    other = replace(CALL, id="b-2", ttft_s=None, outcome="cut", input=None, estimated=True)
     assert await store.add([replace(CALL, id="b-3", endpoint="list")]) == {"b-3"}
     assert await store.add([CALL]) == {"b-1"}
     assert await store.add([CALL, other]) == {"b-2"}
     assert await store.add([CALL, other]) == frozenset()
     (found,) = await store.sums(EVERYTHING, "user")
     assert (found.key, found.calls, found.errors, found.input, found.output) == ("ann", 2, 1, 100, 20)
+    assert found.estimated == 1
     assert (found.cache_read, found.cache_write, found.cost_usd, found.duration_s) == (120, 0, 1.0, 4.0)
     assert (found.ttft_s, found.ttft_calls) == (0.25, 1)
 
@@ -78,6 +79,15 @@ async def test_sums_by_each_thing_with_filters(db: Database) -> None:
     assert await store.spent("user", 0) == {"ann": 0.5, "bob": 2.0}
     assert await store.spent("team", 0) == {"red": 0.5}
     assert await store.spent("user", 3) == {"bob": 2.0}
+
+
+async def test_models_that_have_answered_are_known_the_latest_last(db: Database) -> None:
+    store = UsageStore(db)
+    never = replace(CALL, id="b-2", model="none", status=404)
+    earlier = replace(CALL, id="b-3", model="haiku", at=10.0)
+    await store.add([CALL, never, earlier, replace(never, id="b-4", model="sonnet", at=8000.0)])
+    assert await store.answered(9) == [("anthropic", "haiku"), ("anthropic", "sonnet")]
+    assert await store.answered(1) == [("anthropic", "sonnet")]
 
 
 async def test_the_past_is_deleted(db: Database) -> None:
