@@ -23,7 +23,8 @@ REFUSAL += b"content-length: %d\r\n\r\n%s" % (len(_BODY), _BODY)
 
 
 class Forwarder:
-    """Serves ``listener`` by connections to ``path``. Both speak HTTP, so a failure is told as a 503."""
+    """Serves ``listener``, which stays the caller's, by connections to ``path``. Both speak HTTP, so a failure is told
+    as a 503."""
 
     def __init__(self, listener: socket.socket, path: str, *, retry_for_s: float = RETRY_FOR_S) -> None:
         self._listener = listener
@@ -42,14 +43,20 @@ class Forwarder:
         return len(self._ends)
 
     async def start(self) -> None:
-        """Accepts from here on."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Accepted(self), sock=self._listener)
+        """Accepts from here on. Idempotent."""
+        if self._server is None:
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(lambda: Accepted(self), sock=self._listener.dup())
 
-    async def close(self) -> None:
-        """Drops the listener and every connection."""
+    def pause(self) -> None:
+        """Accepts no more until ``start``; connections stay. Idempotent."""
         if self._server is not None:
             self._server.close()
+            self._server = None
+
+    async def close(self) -> None:
+        """Drops every connection."""
+        self.pause()
         await self._tasks.close()
         for end in list(self._ends):
             end.abort()

@@ -18,6 +18,7 @@ from sandbox_agent.boot import Booted, say
 from sandbox_agent.control import Control
 from sandbox_agent.credentials import CredentialFiles
 from sandbox_agent.forward import Forwarder
+from sandbox_agent.handover import Handover
 from sandbox_agent.homefiles import UnsafePath, write_missing
 from sandbox_agent.port import AgentHub
 from sandbox_agent.process import AgentProcess, reap_orphans
@@ -142,10 +143,10 @@ class Server:
             on_up=self._up,
             on_down=self.streams.down,
         )
-        self.forwarders = [
-            Forwarder(booted.gateway, os.path.join(booted.socket_dir, "gateway")),
+        self.ports: tuple[Handover | Forwarder, ...] = (
+            Handover(booted.gateway, os.path.join(booted.socket_dir, "gateway")),
             Forwarder(booted.egress, os.path.join(booted.socket_dir, "egress")),
-        ]
+        )
 
     async def run(self) -> int:
         """Until a stop message, SIGTERM or SIGINT."""
@@ -155,8 +156,8 @@ class Server:
         self._adopt_agent()
         self._essential(self.control.run(self._booted.control), "control")
         agent = self._essential(self.process.run(), "agent")
-        for forwarder in self.forwarders:
-            await forwarder.start()
+        for port in self.ports:
+            await port.start()
         if os.getpid() == 1:
             # uvloop keeps this signal from add_signal_handler, for subprocesses that only builds have.
             signal.signal(signal.SIGCHLD, lambda *_: loop.call_soon_threadsafe(self._reap))
@@ -188,8 +189,8 @@ class Server:
         await self.control.close()
         await self.streams.close()
         await self.raw.close()
-        for forwarder in self.forwarders:
-            await forwarder.close()
+        for port in self.ports:
+            await port.close()
         await self._tasks.close(timeout=1.0)
 
     def _essential(self, coro: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -1,4 +1,4 @@
-"""The in-sandbox forwarders of many sandboxes in one process: ``python -m bench.peers.forwarders SOCKET:PORT…``."""
+"""The gateway's ports inside many sandboxes, in one process: ``python -m bench.peers.forwarders SOCKET:PORT…``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 import uvloop
 
 from bench.lib import ready
-from sandbox_agent.forward import Forwarder
+from sandbox_agent.handover import Handover
+
+TAKEN_S = 10.0
 
 
 async def serve(pairs: list[str]) -> None:
@@ -17,7 +19,9 @@ async def serve(pairs: list[str]) -> None:
         path, _, port = pair.rpartition(":")
         listener = socket.create_server(("127.0.0.1", int(port)), backlog=256)
         listener.setblocking(False)
-        await Forwarder(listener, path).start()
+        door = Handover(listener, path)
+        await door.start()
+        await asyncio.wait_for(door.taken.wait(), TAKEN_S)
     ready()
     await asyncio.Event().wait()
 

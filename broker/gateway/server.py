@@ -17,6 +17,7 @@ from broker.gateway.caller import Endpoint, endpoint_of
 from broker.gateway.context import Context
 from broker.gateway.egress import Flow
 from broker.gateway.framing import Body, request_body
+from broker.gateway.handover import Handover
 from broker.gateway.heads import END, RequestHead, parse_request
 from broker.gateway.tunnel import Tunnel
 from broker.gateway.ways import Face, Way
@@ -44,7 +45,7 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
         self._body: Body | None = None
         self._call: Call | None = None
-        self._tunnel: Tunnel | WebSocketCall | None = None
+        self._tunnel: Tunnel | WebSocketCall | Handover | None = None
         self._flow: Flow | None = None
         self._discarding = False
         self._head_only = False
@@ -152,7 +153,10 @@ class Connection(asyncio.Protocol):
             return
         if way.flow is not None:
             way.flow.cut = self.abort
-        if way.upgrade:
+        if way.doors is not None:
+            self._tunnel = Handover(self, way.doors)
+            self._tunnel.start()
+        elif way.upgrade:
             self._tunnel = WebSocketCall(self, head, way, context)
             self._tunnel.start()
         elif way.tunnel_to is not None and way.flow is not None:
@@ -205,6 +209,13 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
+
+    @property
+    def descriptor(self) -> int:
+        """Of its socket."""
+        assert self._transport is not None
+        number: int = self._transport.get_extra_info("socket").fileno()
+        return number
 
     def touch(self) -> None:
         self._moved = self._loop.time()
@@ -285,7 +296,9 @@ class Connection(asyncio.Protocol):
     def drain(self) -> None:
         """The process ends: idle connections close now, others after their response."""
         self.closing_soon = True
-        if not self.busy and not self._buffer:
+        if isinstance(self._tunnel, Handover):
+            self.abort()
+        elif not self.busy and not self._buffer:
             self.close()
 
     def _drop_work(self) -> None:
@@ -310,6 +323,8 @@ class Connection(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Called every second or so: ends what takes too long."""
+        if isinstance(self._tunnel, Handover):
+            return
         if self._closing:
             unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
             if unsent != self._unsent:

@@ -14,6 +14,7 @@ from broker.gateway import answers
 from broker.gateway.caller import Caller
 from broker.gateway.context import Context
 from broker.gateway.egress import WayOut
+from broker.gateway.handover import Doors, asked
 from broker.gateway.heads import RequestHead
 from broker.gateway.messages import SlotEntry
 from broker.gateway.routes import Route, compile_routes
@@ -81,6 +82,7 @@ class SlotState:
         self._context = context
         self._listeners: list[Listener] = []
         self.out = WayOut(entry.slot, context)
+        self.doors = Doors(entry.slot, lambda sock: self._accepted(sock, "gateway"))
         self.arriving: set[SlotFace] = set()
         """Accepted, and not yet among ``connections``."""
         self.update(entry)
@@ -122,6 +124,7 @@ class SlotState:
         """Cut off: nothing is accepted, what runs is broken off, idle connections get 503."""
         self.stop_listening()
         self.entry, self.routes = None, {}
+        self.doors.shut()
         self._fence()
         self.out.flush()
 
@@ -165,7 +168,11 @@ class SlotFace:
 
     def way(self, head: RequestHead) -> Way:
         entry = self._state.entry
-        if entry is None or entry.identity is None or entry.incarnation != self._incarnation:
+        if entry is None or entry.incarnation != self._incarnation:
+            raise answers.unclaimed()
+        if self._kind == "gateway" and asked(head):
+            return Way(doors=self._state.doors)
+        if entry.identity is None:
             raise answers.unclaimed()
         if self._kind == "gateway":
             return gateway_way(head, self._state.routes, self._state.caller, self._context.speaks_websocket)

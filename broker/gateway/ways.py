@@ -11,6 +11,7 @@ from broker.gateway import answers
 from broker.gateway.addresses import parse_authority
 from broker.gateway.caller import Caller
 from broker.gateway.egress import Flow, WayOut
+from broker.gateway.handover import Doors
 from broker.gateway.heads import RequestHead, bad
 from broker.gateway.routes import Origin, Route, find_route, proxy_route
 from broker.gateway.user_agent import tool_of
@@ -20,8 +21,9 @@ FaceKind = Literal["gateway", "egress"]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Either ``route`` and ``target``, or ``tunnel_to``. ``caller``: who calls a provider; ``routes``: all of the
-    slot; ``upgrade``: the call becomes a WebSocket; ``flow``: of the way out, to be closed."""
+    """Either ``route`` and ``target``, or ``tunnel_to``, or ``doors``. ``caller``: who calls a provider; ``routes``:
+    all of the slot; ``upgrade``: the call becomes a WebSocket; ``flow``: of the way out, to be closed; ``doors``:
+    where the listener goes that is to be handed over."""
 
     route: Route | None = None
     target: bytes = b""
@@ -30,6 +32,7 @@ class Way:
     routes: Mapping[bytes, Route] = field(default_factory=dict)
     upgrade: bool = False
     flow: Flow | None = None
+    doors: Doors | None = None
 
 
 class Face(Protocol):

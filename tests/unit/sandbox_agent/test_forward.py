@@ -67,6 +67,28 @@ def test_bytes_pass_both_ways_and_so_does_a_half_close(run: Run) -> None:
     run(scenario)
 
 
+def test_while_it_pauses_connections_stay_and_new_ones_wait(run: Run) -> None:
+    async def scenario(forwarder: Forwarder, place: str) -> None:
+        async with await asyncio.start_unix_server(echo, place):
+            reader, writer = await asyncio.open_connection("127.0.0.1", forwarder.port)
+            writer.write(b"before")
+            assert await asyncio.wait_for(reader.readexactly(6), 5) == b"before"
+            forwarder.pause()
+            forwarder.pause()
+            late_reader, late_writer = await asyncio.open_connection("127.0.0.1", forwarder.port)
+            late_writer.write(b"late")
+            writer.write(b"after")
+            assert await asyncio.wait_for(reader.readexactly(5), 5) == b"after"
+            assert len(forwarder) == 1
+            await forwarder.start()
+            assert await asyncio.wait_for(late_reader.readexactly(4), 5) == b"late"
+            for each in (writer, late_writer):
+                each.close()
+                await each.wait_closed()
+
+    run(scenario)
+
+
 def test_a_gateway_that_restarts_is_waited_for(run: Run) -> None:
     async def scenario(forwarder: Forwarder, place: str) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", forwarder.port)
