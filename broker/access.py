@@ -278,7 +278,7 @@ class Access:
 def check_host(host: str | None, allowed: Sequence[str], key: str) -> None:
     """Names without port are compared, case aside; against DNS rebinding. Raises ``HOST_FORBIDDEN``."""
     match = _HOST.fullmatch(host.lower()) if host else None
-    if match is None or match[1] not in {entry.lower() for entry in allowed}:
+    if match is None or all(match[1] != entry.lower() for entry in allowed):
         raise CortexError(
             Code.HOST_FORBIDDEN,
             f"the request names host {(host or '')[:128]!r}",

@@ -73,12 +73,12 @@ class TaskOwner:
 
 async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A, B]:
     """Runs two at once and returns their results; the first error cancels the other and is raised."""
-    one, two, _ = await together(first, second, _nothing())
-    return one, two
-
-
-async def _nothing() -> None:
-    return
+    try:
+        async with asyncio.TaskGroup() as group:
+            one, two = group.create_task(first), group.create_task(second)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return one.result(), two.result()
 
 
 async def together(
