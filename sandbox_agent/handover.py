@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 
 from sandbox_agent.control import Pause
@@ -19,6 +20,8 @@ OFFER_S = 5.0
 """How long a gateway may take to accept; whoever connects meanwhile waits in the listener's queue."""
 RETRY_S = (0.5, 30.0)
 """First and longest pause between offers."""
+STEADY_S = 5.0
+"""Kept for so long, the port is offered anew at once."""
 
 
 class Handover:
@@ -48,47 +51,72 @@ class Handover:
         self._listener.close()
 
     async def _run(self) -> None:
-        pause = Pause(RETRY_S)
+        loop, pause = asyncio.get_running_loop(), Pause(RETRY_S)
         while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            with sock:
+            with contextlib.ExitStack() as held:
                 try:
-                    async with asyncio.timeout(self._offer_s):
-                        await self._offer(sock)
-                except (OSError, EOFError) as error:  # TimeoutError included
+                    channel = await self._offer(held)
+                except (OSError, EOFError) as error:
                     log.debug("handover: %s", error)
                     with contextlib.suppress(OSError):
                         await self.forwarder.start()
                 else:
                     self.forwarder.pause()
                     self.taken.set()
-                    pause.reset()
-                    await _ended(sock)
+                    since = loop.time()
+                    await _ended(channel)
                     self.taken.clear()
-                    continue
+                    if loop.time() - since >= STEADY_S:
+                        pause.reset()
+                        continue
             await asyncio.sleep(pause())
 
-    async def _offer(self, sock: socket.socket) -> None:
-        """Returns when it is taken. Raises ``OSError`` or ``EOFError``."""
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(sock, self._path)
-        await loop.sock_sendall(sock, REQUEST)
-        await _expect(sock, SWITCHED)
-        socket.send_fds(sock, [GIVEN], [self._listener.fileno()])
-        await _expect(sock, TAKEN)
+    async def _offer(self, held: contextlib.ExitStack) -> socket.socket:
+        """Raises ``OSError`` or ``EOFError``. What stands afterwards is ended by ``held``."""
+        sock = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        held.callback(_hang_up, sock)
+        listener = self._listener.fileno()
+        # In a thread, since loops receive no descriptors; each step has the deadline.
+        channel = await asyncio.get_running_loop().run_in_executor(
+            None, offer, sock, self._path, listener, self._offer_s
+        )
+        held.enter_context(channel)
+        channel.setblocking(False)
+        return channel
 
 
-async def _expect(sock: socket.socket, wanted: bytes) -> None:
-    loop, data = asyncio.get_running_loop(), b""
-    while data != wanted:
-        piece = await loop.sock_recv(sock, len(wanted) - len(data))
-        data += piece
-        if not piece or not wanted.startswith(data):
-            raise EOFError("the gateway takes no listener")
+def offer(sock: socket.socket, path: str, listener: int, timeout_s: float) -> socket.socket:
+    """Hands ``listener`` to the gateway at ``path`` by ``sock``; returns the channel that stands for it. Blocks.
+
+    Raises ``OSError`` (``TimeoutError`` included) or ``EOFError``: it is not taken.
+    """
+    sock.settimeout(timeout_s)
+    sock.connect(path)
+    sock.sendall(REQUEST)
+    answer, descriptors, _, _ = socket.recv_fds(sock, len(SWITCHED), 1, socket.MSG_CMSG_CLOEXEC)
+    if answer != SWITCHED or len(descriptors) != 1:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise EOFError("the gateway takes no listener")
+    channel = socket.socket(fileno=descriptors[0])
+    try:
+        channel.settimeout(timeout_s)
+        socket.send_fds(channel, [GIVEN], [listener])
+        if channel.recv(1) != TAKEN:
+            raise EOFError("the gateway did not take the listener")
+    except BaseException:
+        channel.close()
+        raise
+    return channel
 
 
-async def _ended(sock: socket.socket) -> None:
+def _hang_up(sock: socket.socket) -> None:
+    """Ends what a thread waits for."""
     with contextlib.suppress(OSError):
-        while await asyncio.get_running_loop().sock_recv(sock, 1):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+async def _ended(channel: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while await asyncio.get_running_loop().sock_recv(channel, 1):
             pass

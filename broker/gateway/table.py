@@ -20,6 +20,7 @@ from broker.gateway.messages import SlotEntry
 from broker.gateway.routes import Route, compile_routes
 from broker.gateway.server import Connection
 from broker.gateway.ways import FaceKind, Held, Way, egress_way, gateway_way
+from broker.host.listen import refuse_descriptors
 
 ACCEPT_AT_ONCE = 32
 ACCEPT_PAUSE_S = 0.5
@@ -36,6 +37,7 @@ class Listener:
             sock.close()
             raise CortexError(Code.BAD_CONFIG, "not a listening Unix socket", hint="pass the slot's listeners")
         sock.setblocking(False)
+        refuse_descriptors(sock)
         self._sock = sock
         self._accepted = accepted
         self._loop = asyncio.get_running_loop()
@@ -82,7 +84,7 @@ class SlotState:
         self._context = context
         self._listeners: list[Listener] = []
         self.out = WayOut(entry.slot, context)
-        self.doors = Doors(entry.slot, lambda sock: self._accepted(sock, "gateway"))
+        self.doors = self._new_doors()
         self.arriving: set[SlotFace] = set()
         """Accepted, and not yet among ``connections``."""
         self.update(entry)
@@ -97,7 +99,12 @@ class SlotState:
         taken = old is not None and old.identity is not None and _whose(old.identity) != _whose(entry.identity)
         if old is not None and (taken or old.incarnation != entry.incarnation):
             self._fence()
+            self.doors.shut()
+            self.doors = self._new_doors()
         self.out.set(entry.egress, entry.identity)
+
+    def _new_doors(self) -> Doors:
+        return Doors(self.slot, lambda sock: self._accepted(sock, "gateway"))
 
     def listen(self, gateway: socket.socket, egress: socket.socket) -> None:
         """Accepts on these from now on; connections of earlier listeners stay."""
@@ -170,7 +177,7 @@ class SlotFace:
         entry = self._state.entry
         if entry is None or entry.incarnation != self._incarnation:
             raise answers.unclaimed()
-        if self._kind == "gateway" and asked(head):
+        if self._kind == "gateway" and asked(head) and not self._context.draining:
             return Way(doors=self._state.doors)
         if entry.identity is None:
             raise answers.unclaimed()

@@ -8,11 +8,23 @@ import os
 import socket
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from broker.errors import Code, CortexError
 
 BACKLOG = 1024
+_SO_PASSRIGHTS = 83
+
+
+def refuse_descriptors(listener: socket.socket) -> None:
+    """Lets nobody send descriptors to what the Unix socket ``listener`` accepts (SO_PASSRIGHTS, Linux 6.16).
+
+    One that nobody asked for is closed by the kernel in whoever reads, and the last close of a socket may block
+    for as long as its owner likes (socket(7), SO_LINGER). Older kernels let them through.
+    """
+    with suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 
 
 def listen(address: str, key: str, passed: Mapping[str, list[socket.socket]]) -> list[socket.socket]:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from broker.errors import Code, CortexError
+from broker.host.listen import refuse_descriptors
 from broker.sandbox.slots import Slot
 
 BACKLOG = 64
@@ -63,6 +64,7 @@ def _listen(path: Path, gid: int) -> socket.socket:
     temporary = path.with_name(".new")
     try:
         listener.setblocking(False)
+        refuse_descriptors(listener)
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         listener.bind(os.fspath(temporary))

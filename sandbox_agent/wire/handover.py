@@ -1,7 +1,8 @@
-"""How a sandbox hands a listening socket to the gateway, on a connection to its slot's gateway socket. Pure.
+"""How a sandbox hands a listening socket to the gateway. Pure.
 
-An upgrade (RFC 9110 section 7.8), then one byte with the descriptor (unix(7), SCM_RIGHTS), then one byte
-back. The listener is the gateway's for as long as the connection stands.
+On a connection to its slot's gateway socket it asks for an upgrade (RFC 9110 section 7.8); with the answer
+comes a descriptor (unix(7), SCM_RIGHTS): one end of a pair of stream sockets. There it gives the listener's
+descriptor with one byte, and gets one byte back. The listener is the gateway's for as long as both stand.
 """
 
 TARGET = b"/.cortex/listener"

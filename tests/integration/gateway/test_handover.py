@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -20,7 +21,7 @@ from sandbox_agent.handover import Handover
 from sandbox_agent.wire.handover import GIVEN, REQUEST, SWITCHED, TAKEN
 from tests.integration.gateway.support import KEY, Rig, SlotSockets, app_server, client, echo, rig
 
-LONG = struct.pack("ii", 1, 3600)
+LONG, AT_ONCE = struct.pack("ii", 1, 3600), struct.pack("ii", 1, 0)
 
 
 @pytest.fixture
@@ -70,26 +71,35 @@ class Hand:
 
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.setblocking(False)
+        self.sock.settimeout(10)
+        self.channel = socket.socket()
         self._path = str(path)
 
-    async def switched(self) -> None:
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(self.sock, self._path)
-        await loop.sock_sendall(self.sock, REQUEST)
-        assert await self.answer(len(SWITCHED)) == SWITCHED
+    def switch(self) -> bytes:
+        self.sock.connect(self._path)
+        self.sock.sendall(REQUEST)
+        answer, descriptors, _, _ = socket.recv_fds(self.sock, 4096, 1)
+        if descriptors:
+            self.channel.close()
+            self.channel = socket.socket(fileno=descriptors[0])
+            self.channel.settimeout(10)
+        return answer
 
     async def give(self, *descriptors: int) -> bytes:
         """The answer: ``TAKEN``, or nothing."""
-        await self.switched()
-        socket.send_fds(self.sock, [GIVEN], descriptors)
-        return await self.answer(1)
+        assert await asyncio.to_thread(self.switch) == SWITCHED
+        socket.send_fds(self.channel, [GIVEN], descriptors)
+        return await self.answer()
 
-    async def answer(self, size: int) -> bytes:
+    async def answer(self) -> bytes:
         try:
-            return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.sock, size), 10)
+            return await asyncio.to_thread(self.channel.recv, 1)
         except ConnectionResetError:
             return b""
+
+    def close(self) -> None:
+        self.channel.close()
+        self.sock.close()
 
 
 @asynccontextmanager
@@ -98,7 +108,7 @@ async def hand(path: Path) -> AsyncIterator[Hand]:
     try:
         yield made
     finally:
-        made.sock.close()
+        made.close()
 
 
 async def test_what_the_port_accepts_is_served_without_a_hop(gw: Rig, providers: dict[str, Provider]) -> None:
@@ -150,7 +160,7 @@ async def test_a_slot_that_is_taken_back_leaves_no_port_behind(gw: Rig, provider
     async with hand(slot.gateway_path) as given:
         assert await given.give(listener.fileno()) == TAKEN
         await gw.link.drop_slot("a")
-        assert await given.answer(1) == b""
+        assert await given.answer() == b""
         with pytest.raises(OSError, match="Connect call failed"):
             await asyncio.wait_for(asyncio.open_connection("127.0.0.1", listener.getsockname()[1]), 10)
     listener.close()
@@ -167,40 +177,81 @@ async def test_a_gateway_that_drains_leaves_the_port_to_the_next(gw: Rig, provid
         assert await status(handover.port) == 200
 
 
-async def test_only_a_listening_tcp_socket_is_taken_and_nothing_else_is_kept(gw: Rig) -> None:
-    slot = await gw.put()
+async def test_only_a_listening_tcp_socket_is_taken_and_nothing_else_is_kept(
+    gw: Rig, providers: dict[str, Provider]
+) -> None:
+    slot = await gw.put(providers)
     assert gw.link.peer_pid is not None
+    assert await by_socket(slot) == 200
     files = Path(f"/proc/{gw.link.peer_pid}/fd")
-    unix, tcp, udp = (
-        socket.socket(*kind)
-        for kind in (
-            (socket.AF_UNIX, socket.SOCK_STREAM),
-            (socket.AF_INET, socket.SOCK_STREAM),
-            (socket.AF_INET, socket.SOCK_DGRAM),
-        )
-    )
-    unix.bind(str(gw.directory / "own"))
-    unix.listen()
     good = boot.listen(0)
-    before = len(list(files.iterdir()))
-    with unix, tcp, udp, good, Path("/dev/null").open("rb") as null:
-        for given in (
-            [unix.fileno()],
-            [tcp.fileno()],
-            [udp.fileno()],
-            [null.fileno()],
-            [good.fileno(), good.fileno()],
-            [good.fileno()] * 20,
-        ):
+    async with hand(slot.gateway_path) as each:
+        assert await each.give(good.fileno()) == TAKEN
+    before = kinds(files)
+    with good, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp, Path("/dev/null").open("rb") as null:
+        for given in ([udp.fileno()], [null.fileno()], [good.fileno()] * 2, [good.fileno()] * 20, []):
             async with hand(slot.gateway_path) as each:
                 assert await each.give(*given) == b""
-        async with hand(slot.gateway_path) as each:
-            await each.switched()
-            await asyncio.get_running_loop().sock_sendall(each.sock, GIVEN)  # and no descriptor
-            assert await each.answer(1) == b""
-    async with asyncio.timeout(10):
-        while len(list(files.iterdir())) > before:
-            await asyncio.sleep(0.01)
+    await reached(lambda: kinds(files) <= before, lambda: kinds(files) - before)
+
+
+def kinds(files: Path) -> Counter[str]:
+    """What a process has open, by kind."""
+    found: Counter[str] = Counter()
+    for each in files.iterdir():
+        with suppress(FileNotFoundError):
+            found[os.readlink(each).partition(":")[0]] += 1
+    return found
+
+
+async def reached(done: Callable[[], bool], why: Callable[[], object]) -> None:
+    try:
+        async with asyncio.timeout(10):
+            while not done():
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        pytest.fail(str(why()))
+
+
+async def test_what_a_sandbox_sends_cannot_freeze_the_others(gw: Rig, providers: dict[str, Provider]) -> None:
+    """A socket whose last close blocks: as a listener, and on a connection where nobody asked for one."""
+    mine, other = await gw.put(providers, slot="mine"), await gw.put(providers, slot="other")
+    for unasked in (False, True):
+        near, far = lingering()
+        async with hand(mine.gateway_path) as given:
+            if unasked:
+                given.sock.connect(str(mine.gateway_path))
+                try:
+                    socket.send_fds(given.sock, [b"GET /x"], [near.fileno()])
+                except PermissionError:  # as it should be, from Linux 6.16 on
+                    near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
+                else:
+                    pytest.skip("this kernel lets descriptors through to whoever reads")
+            else:
+                assert await asyncio.to_thread(given.switch) == SWITCHED
+                # Ours is not to be the last close, which blocks.
+                assert gw.link.peer_pid is not None
+                os.kill(gw.link.peer_pid, signal.SIGSTOP)
+                socket.send_fds(given.channel, [GIVEN], [near.fileno()])
+            near.close()
+            os.kill(gw.link.peer_pid or 0, signal.SIGCONT)
+            for _ in range(20):
+                assert await asyncio.wait_for(by_socket(other), 10) == 200
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
+        far.close()
+
+
+def lingering() -> tuple[socket.socket, socket.socket]:
+    """A connection whose first end waits an hour when it is closed, and the end that nobody reads."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LONG)
+    near.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            near.send(bytes(65536))
+    return near, far
 
 
 async def test_a_listener_comes_by_the_slots_own_socket_only(gw: Rig, providers: dict[str, Provider]) -> None:
@@ -221,15 +272,15 @@ async def test_a_fifth_listener_is_refused_until_one_is_given_back(gw: Rig) -> N
         for each in hands:
             assert await each.give(listener.fileno()) == TAKEN
         async with hand(slot.gateway_path) as fifth:
-            assert await fifth.give(listener.fileno()) == b""
-        hands.pop().sock.close()
+            assert (await asyncio.to_thread(fifth.switch)).startswith(b"HTTP/1.1 429")
+        hands.pop().close()
         async with asyncio.timeout(10):
             while True:
                 async with hand(slot.gateway_path) as fifth:
-                    if await fifth.give(listener.fileno()) == TAKEN:
+                    if await asyncio.to_thread(fifth.switch) == SWITCHED:
                         break
         for each in hands:
-            each.sock.close()
+            each.close()
 
 
 async def test_a_listener_that_is_made_to_block_holds_up_nobody(gw: Rig, providers: dict[str, Provider]) -> None:
