@@ -151,7 +151,7 @@ class Session:
     @property
     def cut_short(self) -> bool:
         """The last broker ended while it stopped the session."""
-        return self._life.row.state == "stopping"
+        return self._life.stored == "stopping"
 
     @property
     def idle(self) -> bool:
@@ -334,6 +334,9 @@ class Session:
         timeline = Timeline(self._runtime.driver.name, intent=self._claims.begun())
         # What runs is told by the sandbox's own row; this one is written when it is ready, or has failed.
         self._life.note(incarnation=incarnation)
+        if self.cut_short:
+            # If this broker ends too, the next would take the new one for the one that was being stopped.
+            await self._life.save(state="starting", reason="")
         self._attempt(timeline, lambda bringup: self._start(bringup, incarnation))
 
     async def _wake(self) -> None:
