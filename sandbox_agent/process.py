@@ -111,6 +111,8 @@ class AgentProcess:
         """Takes over what boot started or failed to start. Before ``run``."""
         self.spec = spec
         self._child = child
+        if child is not None:
+            ExitWatch.awaited.add(child.pid)  # it may end before ``run`` watches it
         if child is None and failure is not None:
             self._fail(failure)
             self._down(failure.what, final=True)

@@ -159,9 +159,7 @@ class Server:
         for port in self.ports:
             await port.start()
         if os.getpid() == 1:
-            # uvloop keeps this signal from add_signal_handler, for subprocesses that only builds have.
-            signal.signal(signal.SIGCHLD, lambda *_: loop.call_soon_threadsafe(self._reap))
-            self._reap()
+            self._mind_orphans()
         gc.collect()
         gc.freeze()  # what is imported stays: the collector need not look at it again
         grace = await self._stop
@@ -321,6 +319,8 @@ class Server:
             self.control.send(await packages.build(message, self._booted.surroundings))
         finally:
             self._building = False
+            if os.getpid() == 1:
+                self._mind_orphans()
 
     def _attached(self, sock: Any, attach: Attach) -> None:
         wanted = "raw" if self.process.websocket else "acp"
@@ -332,6 +332,13 @@ class Server:
             self.raw.serve(sock, attach)
         else:
             self.hub.serve(sock, attach)
+
+    def _mind_orphans(self) -> None:
+        """uvloop keeps this signal from add_signal_handler, for subprocesses that only builds have; when the last of
+        them has ended nobody has it."""
+        loop = asyncio.get_running_loop()
+        signal.signal(signal.SIGCHLD, lambda *_: loop.call_soon_threadsafe(self._reap))
+        self._reap()
 
     def _reap(self) -> None:
         """A build minds its own children."""

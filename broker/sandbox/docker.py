@@ -30,6 +30,8 @@ DEFAULT_HOST = "unix:///var/run/docker.sock"
 OPEN_TIMEOUT_S = 10.0
 RETRY_S = 5.0
 """An engine that did not answer is asked again after so long, or when the event stream is back."""
+LOOK_AGAIN_S = 0.25
+"""Whoever joins a watch and has waited for so long has the engine asked again: the event may be lost."""
 PULL_TIMEOUT_S = 1800.0
 TAIL_LINES, TAIL_BYTES = 64, 4096
 IMAGE_UIDS = frozenset({64321, 1000})
@@ -72,8 +74,10 @@ class DockerDriver:
         self._follower: asyncio.Task[None] | None = None
         self._wakers: dict[str, set[asyncio.Event]] = {}
         self._watches: dict[str, asyncio.Task[Exit]] = {}
+        self._closed = False
 
     async def open(self) -> None:
+        self._closed = False
         info = await self._engine.info(timeout_s=min(OPEN_TIMEOUT_S, self._config.call_timeout_s))
         runtime = self._config.runtime
         if runtime and runtime not in info.get("Runtimes", {}):
@@ -93,6 +97,7 @@ class DockerDriver:
             self._follower = self._tasks.start(self._follow(), "docker-events")
 
     async def close(self) -> None:
+        self._closed = True
         for watch in self._watches.values():
             watch.cancel()
         if self._follower is not None:
@@ -200,11 +205,22 @@ class DockerDriver:
 
     async def wait(self, ref: str) -> Exit:
         # One watch a container, for as long as it lives: asking the engine anew costs whoever claims it a millisecond.
-        watch = self._watches.get(ref)
-        if watch is None:
+        if self._closed:
+            raise _let_go()
+        watch, again = self._watches.get(ref), None
+        if watch is not None:
+            again = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, self._wake, ref)
+        else:
             watch = self._watches[ref] = self._tasks.start(self._watch(ref), f"docker-watch-{ref[:12]}")
             watch.add_done_callback(lambda _: self._watches.pop(ref, None))
-        return await asyncio.shield(watch)
+        try:
+            await asyncio.wait((watch,))
+        finally:
+            if again is not None:
+                again.cancel()
+        if watch.cancelled():
+            raise _let_go()
+        return watch.result()
 
     async def _watch(self, ref: str) -> Exit:
         with self._waker(ref) as waker:
@@ -314,6 +330,12 @@ async def _woken(waker: asyncio.Event) -> None:
         async with asyncio.timeout(RETRY_S):
             await waker.wait()
     waker.clear()
+
+
+def _let_go() -> CortexError:
+    return CortexError(
+        Code.ENGINE_DOWN, "the driver of Docker Engine is closed", hint="The broker is stopping; try again."
+    )
 
 
 def _log_forgotten(error: BaseException) -> None:

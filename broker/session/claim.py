@@ -26,7 +26,7 @@ from sandbox_agent.wire.messages import Status
 
 T = TypeVar("T")
 TAKE_OVER_S = 3.0
-"""Longest that a claim may take until the bind; a cold start is the better bet then."""
+"""Longest that a claim's own steps, all at once, may take until the bind; a cold start is the better bet then."""
 
 
 class Takes(Protocol):
@@ -63,20 +63,23 @@ class Claim:
         box.on_status, box.on_lost = on_status, on_lost
 
     async def take_over(self, assembled: Assembled, timeline: Timeline, meanwhile: Coroutine[Any, Any, T]) -> T:
-        """Row, home, journal and gateway are the owner's when it returns what ``meanwhile`` did. Raises
-        ``CortexError``."""
+        """Row, home, journal and gateway are the owner's when it returns what ``meanwhile`` did; a cold start would
+        wait for that just as long. Raises ``CortexError``."""
         box = self._box
+        with timeline.stage("claim"):
+            # The row first: what the others compute is computed while it is written.
+            rest = both(self._soon(box.resume()), meanwhile)
+            _, _, (_, done) = await together(self._soon(self._own()), self._soon(box.tell_gateway(assembled)), rest)
+            return done
+
+    async def _soon(self, step: Coroutine[Any, Any, object]) -> None:
         try:
             async with asyncio.timeout(TAKE_OVER_S):
-                with timeline.stage("claim"):
-                    # The row first: what the others compute is computed while it is written.
-                    rest = both(box.resume(), meanwhile)
-                    _, _, (_, done) = await together(self._own(), box.tell_gateway(assembled), rest)
-                    return done
+                await step
         except TimeoutError as error:
             raise CortexError(
                 Code.BRINGUP_TIMEOUT,
-                f"the warm sandbox in slot {box.slot.id} was not taken over in {TAKE_OVER_S:g} s",
+                f"the warm sandbox in slot {self._box.slot.id} was not taken over in {TAKE_OVER_S:g} s",
                 hint="a cold start follows; look at the load of host and engine",
             ) from error
 

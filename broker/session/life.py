@@ -21,13 +21,21 @@ log = structlog.get_logger(__name__)
 class Life:
     """``clock`` gives seconds since the epoch, ``generation`` the configuration's of now.
 
-    ``since``: when the state last changed. ``closed``: the session has left memory.
+    ``since``: when the state last changed. ``closed``: the session has left memory. ``stored``: the state that the
+    stored row tells; "" while there is none, as of a ``new`` one.
     """
 
     def __init__(
-        self, store: SessionStore, row: SessionRow, clock: Callable[[], float], generation: Callable[[], int]
+        self,
+        store: SessionStore,
+        row: SessionRow,
+        clock: Callable[[], float],
+        generation: Callable[[], int],
+        *,
+        new: bool = False,
     ) -> None:
         self.row = row
+        self.stored = "" if new else row.state
         self.state: State = "stopped"
         self.reason = row.reason
         self.since = clock()
@@ -36,6 +44,7 @@ class Life:
         self._clock = clock
         self._generation = generation
         self._changed = asyncio.Event()
+        self._writing = asyncio.Lock()
         SESSIONS.labels(self.state).inc()
 
     def may(self, event: Event) -> bool:
@@ -64,13 +73,22 @@ class Life:
     async def save(self, **fields: Any) -> None:
         """Writes the row with these fields changed."""
         changed = {"generation": self._generation(), "updated_at": self._clock()}
-        row = replace(self.row, **(changed | fields))
-        try:
-            await self._store.save(row)
-        except CortexError as error:
-            # The state in memory is what runs; a store that is full must not stop what works.
-            log.error("session_not_saved", session=row.id, error=str(error), hint=error.hint)
-        self.row = row
+        async with self._writing:
+            row = replace(self.row, **(changed | fields))
+            try:
+                await self._store.save(row)
+                self.stored = row.state
+            except CortexError as error:
+                # The state in memory is what runs; a store that is full must not stop what works.
+                log.error("session_not_saved", session=row.id, error=str(error), hint=error.hint)
+            self.row = row
+
+    async def keep(self) -> None:
+        """There is a row when it returns. Raises ``CortexError`` when it cannot be written."""
+        async with self._writing:
+            if not self.stored:
+                await self._store.save(self.row)
+                self.stored = self.row.state
 
     def told(self) -> None:
         """Whoever waits looks again."""

@@ -227,7 +227,11 @@ class Pool:
         if self._started and not self._closed and (self._timer is None or self._timer.when() > loop.time() + delay):
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = loop.call_later(delay, self._look)
+            self._timer = loop.call_later(delay, self._timed)
+
+    def _timed(self) -> None:
+        self._timer = None
+        self._look()
 
     def _look(self) -> None:
         """Decides, begins what was decided, and sets the timer for the next look."""

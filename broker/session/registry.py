@@ -110,20 +110,31 @@ class Registry:
                 hint=f"one of {', '.join(sorted(config.agents))}",
                 details={"agents": sorted(config.agents)},
             )
+        if self._closing.is_set():
+            raise CortexError(Code.SESSION_STOPPED, "the broker is stopping", hint="try again")
+        # Whoever is cancelled stops nothing: what was begun has a row in the end, or is put away.
+        finding = self._tasks.start(self._find(user, workspace, agent, begin), "find", on_error=_told_by_result)
+        return await asyncio.shield(finding)
+
+    async def _find(
+        self, user: str, workspace: str, agent: str | None, begin: Callable[[Session], None]
+    ) -> tuple[Session, bool]:
         async with _Turn(self._turns, (user, workspace)):
             session = await self._load(user, workspace)
-            created = session is None
             if session is None:
-                session = await self._new(user, workspace, agent or config.session.default_agent, begin)
-        if agent is not None and agent != session.agent:
-            raise CortexError(
-                Code.SESSION_CONFLICT,
-                f"the session exists with agent {session.agent!r}",
-                hint="use another workspace name, or delete the session first",
-            )
-        if not created:
+                default = self._runtime.config().session.default_agent
+                return await self._new(user, workspace, agent or default, begin), True
+            if agent is not None and agent != session.agent:
+                raise CortexError(
+                    Code.SESSION_CONFLICT,
+                    f"the session exists with agent {session.agent!r}",
+                    hint="use another workspace name, or delete the session first",
+                )
+            # One whose create was refused may still be here, for what could not be put away.
+            created = not session.stored
+            await session.keep()
             begin(session)
-        return session, created
+            return session, created
 
     async def load(self, user: str, workspace: str) -> SessionPort:
         """The stored session. Raises ``NO_SESSION``."""
@@ -131,9 +142,11 @@ class Registry:
 
     async def _loaded(self, user: str, workspace: str) -> Session:
         session = self.held(user, workspace)
-        if session is None:
+        if session is None or not session.stored:
             async with _Turn(self._turns, (user, workspace)):
                 session = await self._load(user, workspace)
+                if session is not None:
+                    await session.keep()
         if session is None:
             raise _no_session(user, workspace)
         return session
@@ -170,17 +183,18 @@ class Registry:
             created_at=now,
             updated_at=now,
         )
-        session = self._hold(row)
+        session = self._hold(row, new=True)
         begin(session)
         try:
-            await self._runtime.store.save(row)
+            await session.keep()
         except CortexError:
             await self._forsake(session)
             raise
         return session
 
     async def _forsake(self, session: Session) -> None:
-        """It could not be stored, so there is none. It stays in memory while its sandbox cannot be put away."""
+        """It could not be stored, so there is none. It stays in memory, without a row, while its sandbox cannot be
+        put away."""
         try:
             await session.retire()
             await self._drop(session)
@@ -188,14 +202,14 @@ class Registry:
         except CortexError as error:
             log.warning("session_not_forsaken", session=session.id, error=str(error), hint=error.hint)
 
-    def _hold(self, row: SessionRow) -> Session:
+    def _hold(self, row: SessionRow, *, new: bool = False) -> Session:
         if row.agent not in self._runtime.config().agents:
             raise CortexError(
                 Code.UNKNOWN_AGENT,
                 f"the session's agent {row.agent!r} is no longer configured",
                 hint=f"put [agents.{row.agent}] back into config.toml, or delete the session",
             )
-        session = Session(self._runtime, row, self._clock, self._pool, steady=self._steady)
+        session = Session(self._runtime, row, self._clock, self._pool, steady=self._steady, new=new)
         self._sessions[row.user, row.workspace] = session
         return session
 
@@ -372,6 +386,10 @@ class _Turn:
 
     async def __aexit__(self, *exc: object) -> None:
         self._turns.pop(self._key).set_result(None)
+
+
+def _told_by_result(error: BaseException) -> None:
+    """Its awaiter raises it."""
 
 
 def _no_session(user: str, workspace: str) -> CortexError:

@@ -45,8 +45,8 @@ SLACK_S = 5.0
 
 
 class Session:
-    """See the module. ``row`` is what the store holds; ``clock`` gives seconds since the epoch, ``steady`` seconds
-    that never jump."""
+    """See the module. ``row`` is what the store holds, or will where it is ``new``; ``clock`` gives seconds since the
+    epoch, ``steady`` seconds that never jump."""
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class Session:
         pool: Takes = NO_POOL,
         *,
         steady: Callable[[], float] = time.monotonic,
+        new: bool = False,
     ) -> None:
         self.id = row.id
         self.user = row.user
@@ -73,7 +74,7 @@ class Session:
         self._configuration = Configuration(runtime, self._subject, row, clock)
         self._clients = Clients(lambda: runtime.config().front.max_clients_per_session)
         self._custody = Custody(row.id, lambda: runtime.config().sandbox.stop_timeout_s)
-        self._life = Life(runtime.store, row, clock, lambda: self._configuration.generation)
+        self._life = Life(runtime.store, row, clock, lambda: self._configuration.generation, new=new)
         self._tasks = TaskOwner(f"session.{row.id}")
         self._mailbox = Mailbox(row.id, lambda error: self._ends.fail(crashed(error)))
         self._applying = Applying(
@@ -139,9 +140,18 @@ class Session:
         return self._life.state == "ready" and not self._resting.going
 
     @property
+    def stored(self) -> bool:
+        """It has a row: it was acknowledged, or may be."""
+        return bool(self._life.stored)
+
+    async def keep(self) -> None:
+        """It has a row when it returns. Raises ``CortexError``."""
+        await self._life.keep()
+
+    @property
     def cut_short(self) -> bool:
         """The last broker ended while it stopped the session."""
-        return self._life.row.state == "stopping"
+        return self._life.stored == "stopping"
 
     @property
     def idle(self) -> bool:
@@ -324,6 +334,9 @@ class Session:
         timeline = Timeline(self._runtime.driver.name, intent=self._claims.begun())
         # What runs is told by the sandbox's own row; this one is written when it is ready, or has failed.
         self._life.note(incarnation=incarnation)
+        if self.cut_short:
+            # If this broker ends too, the next would take the new one for the one that was being stopped.
+            await self._life.save(state="starting", reason="")
         self._attempt(timeline, lambda bringup: self._start(bringup, incarnation))
 
     async def _wake(self) -> None:

@@ -7,13 +7,14 @@ import contextlib
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sandbox_agent.wire import codec
-from sandbox_agent.wire.messages import AgentSpec, Status, Stop
+from sandbox_agent.wire.messages import AgentSpec, Build, Status, Stop
 from tests import host
 from tests.integration.sandbox_agent.harness import (
     DEMO,
@@ -289,3 +290,49 @@ async def test_as_process_1_it_takes_in_orphans_and_still_sees_its_agent_die(san
     await control.status("ready")
     await control.send(Stop(grace_s=1.0))
     assert await sandbox.ended() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")
+async def test_as_process_1_it_still_sees_how_an_agent_ended_that_is_gone_at_once(
+    sandbox: Sandbox, broker: Broker
+) -> None:
+    host.need_namespace("--pid")
+    assert broker.welcome is not None
+    broker.welcome = replace(broker.welcome, agent_spec=shell("exit 3", max_restarts=0))
+    await sandbox.start("unshare", "--pid", "--fork", "--kill-child")
+    assert "exited with code 3" in (await (await broker.control()).status("failed")).what
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace needs root")
+async def test_as_process_1_it_takes_in_orphans_during_and_after_a_build(
+    sandbox: Sandbox, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.need_namespace("--pid")
+    assert broker.welcome is not None
+    bin_dir, home = sandbox.vol / "bin", sandbox.home
+    bin_dir.mkdir()
+    (bin_dir / "npm").write_text(f"#!/bin/sh\n: > {home}/building; until [ -e {home}/built ]; do sleep 0.05; done")
+    (bin_dir / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_dir}:{os.environ['PATH']}")
+    orphans = "".join(f"(until [ -e $HOME/{name} ]; do sleep 0.05; done & ) ; " for name in ("one", "two"))
+    broker.welcome = replace(broker.welcome, agent_spec=shell(orphans + "exec {python} -I -S {sandbox_agent}/demo.py"))
+    outside = await sandbox.start("unshare", "--pid", "--fork", "--kill-child")
+    control = await broker.control()
+    await control.status("ready")
+    (init,) = children(outside)
+    assert len(children(init)) == 3
+    await control.send(Build(1, "npm", "any"))
+    await reached(lambda: (home / "building").exists())
+    (home / "one").touch()
+    await reached(lambda: sum(not alive(pid) for pid in children(init)) == 1)
+    (home / "built").touch()
+    await control.built(1)
+    await reached(lambda: len(children(init)) == 2)
+    (home / "two").touch()
+    await reached(lambda: len(children(init)) == 1)
+
+
+async def reached(wanted: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not wanted():
+            await asyncio.sleep(0.02)

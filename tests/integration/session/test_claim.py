@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import Any
 
 import pytest
 
 from broker.errors import Code, CortexError
 from broker.sandbox.fake import FakeSandbox
 from broker.sandbox.slots import home_key
+from broker.session import claim
 from broker.session.sandbox import Sandbox
 from tests.integration.session.rig import Client, Rig, echo, engine_down, rig, until
 
@@ -209,6 +211,39 @@ async def test_a_failed_claim_that_cannot_be_put_away_keeps_the_home_and_starts_
         world.engine.error = None
         await session.stop()
         await world.assert_at_rest("ann")
+
+
+async def test_a_claim_is_not_given_up_for_what_a_cold_start_would_wait_for_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with rig() as world:
+        await world.warm()
+        limit = 0.3
+        monkeypatch.setattr(claim, "TAKE_OVER_S", limit)
+        resolve, loop = world.shelf.resolve, asyncio.get_running_loop()
+
+        async def slow(*args: Any, **kwargs: Any) -> Any:
+            over = asyncio.Event()
+            loop.call_later(2 * limit, over.set)
+            await over.wait()
+            return await resolve(*args, **kwargs)
+
+        monkeypatch.setattr(world.shelf, "resolve", slow)
+        await world.ready()
+        assert path(world) == "generic_warm"
+
+
+async def test_a_claim_whose_steps_hang_is_given_up_for_a_cold_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with rig() as world:
+        box = await world.warm()
+        monkeypatch.setattr(claim, "TAKE_OVER_S", 0.05)
+
+        async def hangs() -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(box, "resume", hangs)
+        await world.ready()
+        assert path(world) == "cold"
 
 
 async def test_warm_sandboxes_outlive_the_broker_and_are_claimed_by_the_next() -> None:

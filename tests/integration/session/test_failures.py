@@ -15,6 +15,7 @@ from broker.sandbox.driver import SandboxSpec
 from broker.sandbox.fake import FakeSandbox
 from broker.sandbox.slots import home_key
 from broker.session.session import Session
+from broker.store.sessions import SessionRow
 from tests import host
 from tests.integration.session.rig import Client, Rig, engine_down, rig, until
 
@@ -66,9 +67,13 @@ def gateway_down(world: Rig) -> None:
     world.gateway.error = CortexError(Code.GATEWAY_DOWN, "down", hint="look at its log")
 
 
+def disk_full() -> CortexError:
+    return CortexError(Code.DISK_FULL, "full", hint="free space")
+
+
 def row_refused(world: Rig) -> None:
     async def full(row: object) -> None:
-        raise CortexError(Code.DISK_FULL, "full", hint="free space")
+        raise disk_full()
 
     world.store.inner.sandbox_save = full
 
@@ -332,6 +337,61 @@ async def test_one_failing_session_is_nobody_elses_business() -> None:
         assert client.closed is None
 
 
+async def test_a_create_that_is_cancelled_and_refused_leaves_no_session_without_a_row() -> None:
+    async with rig() as world:
+        save, asked, refuse = world.rows.save, asyncio.Event(), asyncio.Event()
+
+        async def refused(row: SessionRow) -> None:
+            world.store.inner.save = save
+            asked.set()
+            await refuse.wait()
+            raise disk_full()
+
+        world.store.inner.save = refused
+        first = asyncio.ensure_future(world.registry.create("ann", "main", None))
+        await asked.wait()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        second = asyncio.ensure_future(world.registry.create("ann", "main", None))
+        await asyncio.sleep(0)
+        refuse.set()
+        session, created = await second
+        assert created
+        row = await world.rows.get("ann", "main")
+        assert row is not None
+        assert row.id == session.id
+        await session.wait_ready()
+
+
+async def test_a_session_whose_create_was_refused_and_could_not_be_undone_is_acknowledged_only_with_a_row() -> None:
+    async with rig() as world:
+        save, delete = world.rows.save, world.rows.sandbox_delete
+
+        async def refused(row: SessionRow) -> None:
+            # There is something to put away by then.
+            await until(lambda: world.calls("create") > 0)
+            raise disk_full()
+
+        async def kept(slot: str) -> None:
+            raise disk_full()
+
+        world.store.inner.save, world.store.inner.sandbox_delete = refused, kept
+        for _ in range(2):
+            with pytest.raises(CortexError) as caught:
+                await world.registry.create("ann", "main", None)
+            assert caught.value.code is Code.DISK_FULL
+            assert world.registry.held("ann", "main") is not None
+        with pytest.raises(CortexError) as caught:
+            await world.registry.load("ann", "main")
+        assert caught.value.code is Code.DISK_FULL
+        world.store.inner.save, world.store.inner.sandbox_delete = save, delete
+        session, created = await world.registry.create("ann", "main", None)
+        assert created
+        assert await world.rows.get("ann", "main") is not None
+        await session.wait_ready()
+
+
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
     base = Path(tempfile.mkdtemp(prefix="ctx-small-", dir="/tmp"))
@@ -365,15 +425,15 @@ async def test_a_full_disk_is_an_error_with_a_hint_and_ends_nothing_that_runs(sm
         with pytest.raises(CortexError) as refused:
             await world.session("cid")
         assert refused.value.code is Code.DISK_FULL
-        assert world.registry.held("cid", "main") is None
         assert running.state == "ready"
         client = Client()
         running.attach(client)
         (await running.open_stream(client.attach)).close()
         full.unlink()
         await waiting.wait_ready()
-        assert len(world.slots.ids()) == 2
         _, created = await world.registry.create("cid", "main", None)
         assert created
+        await world.registry.delete("cid", "main")
+        assert len(world.slots.ids()) == 2
     finally:
         await world.close()

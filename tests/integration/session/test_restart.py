@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 
 from broker.errors import Code, CortexError
 from broker.sandbox.slots import home_key
-from tests.integration.session.rig import Client, echo, engine_down, rig, until
+from broker.session.session import Session
+from broker.store.sessions import SessionRow
+from tests.integration.session.rig import Client, Rig, echo, engine_down, rig, until
 
 
 async def test_a_sandbox_outlives_the_broker_and_is_taken_over() -> None:
@@ -111,6 +116,62 @@ async def test_a_sandbox_that_nobody_can_take_over_is_put_away() -> None:
         await again.wait_ready()
         assert again.id == bob.id
         assert len(world.engine.sandboxes) == 1
+
+
+async def never_ready(world: Rig) -> Session:
+    """One that serves, of which the store does not hear."""
+    save = world.rows.save
+
+    async def slow(row: SessionRow) -> None:
+        if row.state == "ready":
+            await asyncio.Event().wait()
+        await save(row)
+
+    world.store.inner.save = slow
+    return await world.ready()
+
+
+async def full(row: SessionRow) -> None:
+    raise CortexError(Code.DISK_FULL, "full", hint="free space")
+
+
+@pytest.mark.parametrize("before", ["stopping", "failed", "ready"])
+async def test_what_came_up_is_taken_over_whatever_the_row_said_before(before: str) -> None:
+    async with rig() as world:
+        session = await world.ready()
+        await session.stop()
+        row = await world.rows.get("ann", "main")
+        assert row is not None
+        await world.rows.save(replace(row, state=before))
+        await world.restart()
+        await never_ready(world)
+        sandbox = world.box
+        assert (await world.restart()).failed == {}
+        again = world.registry.held("ann", "main")
+        assert again is not None
+        await again.wait_ready()
+        assert world.box is sandbox
+
+
+async def test_what_came_up_is_taken_over_though_the_end_before_was_not_written_to_its_last() -> None:
+    async with rig() as world:
+        session = await world.ready()
+        save = world.rows.save
+
+        async def until_full(row: SessionRow) -> None:
+            await save(row)
+            world.store.inner.save = full
+
+        world.store.inner.save = until_full
+        await session.stop()
+        row = await world.rows.get("ann", "main")
+        assert row is not None
+        assert row.state == "stopping"
+        world.store.inner.save = save
+        await never_ready(world)
+        sandbox = world.box
+        assert (await world.restart()).failed == {}
+        assert world.box is sandbox
 
 
 async def test_a_sandbox_of_a_session_that_was_erased_is_put_away() -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
+from broker.host.memory import HostMemory
 from broker.metrics import IDLE_SECONDS, POOL_BREAKER, POOL_REFILLS, POOL_SIZE, POOL_TARGET, REGISTRY
 from broker.sandbox.reconcile import Adopted
 from broker.session.pool import TICK_S, YIELD_S
@@ -439,6 +440,27 @@ def test_a_maker_that_crashes_or_hangs_is_a_failure_like_any() -> None:
         world.warmer.seconds = 1
         await asyncio.sleep(300)
         assert world.sizes() == {"hot": 1, "paused": 1}
+
+    play(scene)
+
+
+def test_a_look_that_crashes_does_not_keep_the_next_claim_from_being_made_up_for() -> None:
+    async def scene(world: World) -> None:
+        await world.filled(2 * TICK_S + 1)
+        memory, crashed = world.pool._memory, asyncio.Event()
+
+        def crash() -> HostMemory:
+            world.pool._memory = memory
+            crashed.set()
+            raise ValueError("a bug")
+
+        world.pool._memory = crash
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        world.take()
+        await crashed.wait()
+        world.take()
+        await asyncio.sleep(TICK_S / 2)
+        assert world.warmer.begun == 4
 
     play(scene)
 
