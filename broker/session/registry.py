@@ -112,6 +112,10 @@ class Registry:
             )
         if self._closing.is_set():
             raise CortexError(Code.SESSION_STOPPED, "the broker is stopping", hint="try again")
+        held = self.held(user, workspace)
+        if held is not None and held.stored and agent in (None, held.agent) and (user, workspace) not in self._turns:
+            begin(held)
+            return held, False
         # Whoever is cancelled stops nothing: what was begun has a row in the end, or is put away.
         finding = self._tasks.start(self._find(user, workspace, agent, begin), "find", on_error=_told_by_result)
         return await asyncio.shield(finding)

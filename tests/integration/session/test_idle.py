@@ -334,16 +334,18 @@ async def test_whoever_comes_while_it_is_being_paused_is_served() -> None:
     async with rig() as world:
         session = await world.ready()
         client, late = await attached(world, session), Client()
-        gate, driver = asyncio.Event(), world.driver.inner
+        begun, gate, driver = asyncio.Event(), asyncio.Event(), world.driver.inner
         pause = driver.pause
 
         async def slow(ref: str) -> None:
+            begun.set()
             await gate.wait()
             await pause(ref)
 
         driver.pause = slow
         resting = asyncio.ensure_future(world.passes(900))
-        await until(lambda: session._resting.going and client.holding)
+        await until(begun.is_set)
+        assert client.holding
         session.attach(late)
         opening = asyncio.ensure_future(session.open_stream(late.attach))
         client.speak(world.steady())
