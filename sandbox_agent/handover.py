@@ -98,7 +98,11 @@ def offer(sock: socket.socket, path: str, listener: int, timeout_s: float) -> so
         for descriptor in descriptors:
             os.close(descriptor)
         raise EOFError("the gateway takes no listener")
-    channel = socket.socket(fileno=descriptors[0])
+    try:
+        channel = socket.socket(fileno=descriptors[0])
+    except OSError:
+        os.close(descriptors[0])
+        raise
     try:
         channel.settimeout(timeout_s)
         socket.send_fds(channel, [GIVEN], [listener])

@@ -2,8 +2,9 @@
 
 The sandbox keeps a descriptor of the same open file. It may change flags and options whenever it likes, and what
 it sends may be no listener at all, so any call on it may block, ``close`` included (socket(7), SO_LINGER). A
-thread of its own therefore makes all of them, and nobody waits for it. What is accepted is nobody else's, but
-inherits options, so those that could harm us are set anew before the loop sees it.
+thread of its own therefore makes all of them, and nobody waits for it; one that hangs may outlive even a SIGKILL
+until the sandbox lets go. What is accepted is nobody else's, but inherits options, so those that could harm us are
+set anew before the loop sees it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import structlog
 
@@ -31,6 +33,8 @@ BUFFER_BYTES = 256 * 2**10
 _ROOM = socket.CMSG_SPACE(4 * 4)
 """Room for four descriptors, so that more than one is seen and closed, not lost."""
 _NO_LINGER = struct.pack("ii", 0, 0)
+_FACTS = (socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_PROTOCOL, socket.SO_ACCEPTCONN)
+_LISTENS = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, 1)
 _SO_TIMESTAMPING = 37
 _IP_RECVERR = 11
 _OWN = (
@@ -51,8 +55,8 @@ log = structlog.get_logger(__name__)
 class Acceptor:
     """Owns ``channel``, a Unix stream socket by which the listener comes; it is given back when the other end closes.
 
-    ``accepted`` gets each connection, non-blocking, on the loop; ``ended`` is called there once nothing hangs on the
-    sandbox's socket any more.
+    ``accepted`` gets each connection, non-blocking, on the loop; ``ended`` is called there once no call on the
+    sandbox's socket is under way and the other end of the channel is closed: so nobody leaves those ends unread.
     """
 
     def __init__(
@@ -88,18 +92,20 @@ class Acceptor:
         """``close``, and nobody can use the listener any more: a call that hangs on it returns."""
         self._shutting = True
         self.close()
-        threading.Thread(target=self._shut, name=f"{self._name}.shut", daemon=True).start()
+        try:
+            threading.Thread(target=self._shut, name=f"{self._name}.shut", daemon=True).start()
+        except RuntimeError as error:
+            log.warning("listener_not_shut", error=str(error))
 
     # -- in threads
 
     def _shut(self) -> None:
         with self._lock:
-            listener, self._listener = self._listener, None
-            if listener is not None:
-                try:
-                    listener.shutdown(socket.SHUT_RDWR)
-                except OSError as error:
-                    log.debug("listener_not_shut", error=str(error))
+            # Each once: the descriptor may be another's by the next time.
+            for sock in (self._listener, self._channel):
+                if sock is not None and sock.fileno() >= 0:
+                    _end(sock, socket.SHUT_RDWR)
+            self._listener = None
 
     def _run(self) -> None:
         poll = select.poll()
@@ -117,9 +123,23 @@ class Acceptor:
             with self._lock:
                 self._listener = None
                 listener.close()
-        self._channel.close()
+        _end(self._channel, socket.SHUT_WR)
+        self._wait_for_hangup()
+        with self._lock:
+            self._channel.close()
         self._woken.close()
         self._tell(self._over)
+
+    def _wait_for_hangup(self) -> None:
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        while True:
+            poll.poll()
+            descriptors, over = _received(self._channel)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if over:
+                return
 
     def _serve(self, poll: select.poll, listener: socket.socket) -> None:
         while True:
@@ -171,35 +191,51 @@ class Acceptor:
             self._accepted(connection)
 
 
+def _end(sock: socket.socket, how: int) -> None:
+    try:
+        sock.shutdown(how)
+    except OSError as error:
+        log.debug("not_shut", error=str(error))
+
+
 def _taken(channel: socket.socket) -> socket.socket | None:
     """The listener that came by ``channel``; None when something else came, or nothing."""
+    descriptors, _ = _received(channel)
+    listener = loopback_listener(descriptors.pop()) if len(descriptors) == 1 else None
+    for descriptor in descriptors:
+        os.close(descriptor)
+    if listener is not None:
+        with suppress(OSError):  # whoever is gone by now is seen to be gone
+            channel.send(TAKEN, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    return listener
+
+
+def _received(channel: socket.socket) -> tuple[list[int], bool]:
+    """The descriptors that came, and whether no more can come."""
     found: list[int] = []
     try:
-        _, ancillary, _, _ = channel.recvmsg(64, _ROOM, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                found += memoryview(content[: len(content) // 4 * 4]).cast("i").tolist()
-        listener = loopback_listener(found.pop()) if len(found) == 1 else None
-        if listener is not None:
-            channel.send(TAKEN, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        return listener
-    except OSError as error:
-        log.debug("no_listener_came", error=str(error))
-        return None
-    finally:
-        for descriptor in found:
-            os.close(descriptor)
+        data, ancillary, _, _ = channel.recvmsg(64, _ROOM, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return found, False
+    except OSError:
+        return found, True
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found += memoryview(content[: len(content) // 4 * 4]).cast("i").tolist()
+    return found, not data
 
 
 def loopback_listener(descriptor: int) -> socket.socket | None:
     """The listening TCP socket that ``descriptor`` is; owns it from now on. None when it is none: it is closed then."""
+    # Put in the place of one of ours: asked what it is, socket() would wait for the sandbox with the GIL in its hands.
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    os.dup2(descriptor, sock.fileno(), inheritable=False)
+    os.close(descriptor)
     try:
-        sock = socket.socket(fileno=descriptor)
+        facts = tuple(sock.getsockopt(socket.SOL_SOCKET, option) for option in _FACTS)
     except OSError:
-        os.close(descriptor)
-        return None
-    good = (sock.family, sock.type, sock.proto) == (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    if good and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        facts = ()
+    if facts == _LISTENS:
         return sock
     sock.close()
     return None

@@ -131,8 +131,8 @@ class SlotState:
         """Cut off: nothing is accepted, what runs is broken off, idle connections get 503."""
         self.stop_listening()
         self.entry, self.routes = None, {}
-        self.doors.shut()
         self._fence()
+        self.doors.shut()
         self.out.flush()
 
     def _fence(self) -> None:

@@ -283,6 +283,23 @@ async def test_a_fifth_listener_is_refused_until_one_is_given_back(gw: Rig) -> N
             each.close()
 
 
+async def test_answers_that_nobody_reads_hold_no_more_than_four_descriptors(gw: Rig) -> None:
+    slot = await gw.put()
+    unread = [Hand(slot.gateway_path) for _ in range(4)]
+    for each in unread:
+        each.sock.connect(str(slot.gateway_path))
+        each.sock.sendall(REQUEST + b"x")  # out of turn: it is cut, with the answer on its way
+    async with hand(slot.gateway_path) as fifth:
+        assert (await asyncio.to_thread(fifth.switch)).startswith(b"HTTP/1.1 429")
+    for each in unread:
+        each.close()
+    async with asyncio.timeout(10):
+        while True:
+            async with hand(slot.gateway_path) as next_one:
+                if await asyncio.to_thread(next_one.switch) == SWITCHED:
+                    break
+
+
 async def test_a_listener_that_is_made_to_block_holds_up_nobody(gw: Rig, providers: dict[str, Provider]) -> None:
     mine, other = await gw.put(providers, slot="mine"), await gw.put(providers, slot="other")
     with boot.listen(0) as listener:
