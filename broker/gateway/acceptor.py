@@ -108,38 +108,41 @@ class Acceptor:
             self._listener = None
 
     def _run(self) -> None:
+        try:
+            self._take()
+        finally:
+            _end(self._channel, socket.SHUT_WR)
+            self._wait_for_hangup()
+            with self._lock:
+                self._channel.close()
+            self._woken.close()
+            self._tell(self._over)
+
+    def _take(self) -> None:
         poll = select.poll()
         poll.register(self._woken, select.POLLIN)
         poll.register(self._channel, select.POLLIN)
         poll.poll()
         listener = None if self._stopping.is_set() else _taken(self._channel)
-        if listener is not None:
-            with self._lock:
-                self._listener = listener
-            poll.register(listener, select.POLLIN)
-            self._serve(poll, listener)
-            if self._shutting:
-                self._shut()
-            with self._lock:
-                self._listener = None
-                listener.close()
-        _end(self._channel, socket.SHUT_WR)
-        self._wait_for_hangup()
+        if listener is None:
+            return
         with self._lock:
-            self._channel.close()
-        self._woken.close()
-        self._tell(self._over)
+            self._listener = listener
+        poll.register(listener, select.POLLIN)
+        self._serve(poll, listener)
+        if self._shutting:
+            self._shut()
+        with self._lock:
+            self._listener = None
+            listener.close()
 
     def _wait_for_hangup(self) -> None:
+        """Or for anything that is said: whoever says it has the other end, so it is not unread."""
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
-        while True:
+        while (descriptors := _received(self._channel)) is None:
             poll.poll()
-            descriptors, over = _received(self._channel)
-            for descriptor in descriptors:
-                os.close(descriptor)
-            if over:
-                return
+        _close_all(descriptors)
 
     def _serve(self, poll: select.poll, listener: socket.socket) -> None:
         while True:
@@ -162,9 +165,10 @@ class Acceptor:
         try:
             own(connection)
         except OSError as error:
-            log.warning("connection_not_owned", error=str(error))
+            log.debug("connection_not_owned", error=str(error))
             connection.close()
-            return False
+            self._room.release()
+            return True
         if not self._tell(lambda: self._took(connection)):
             connection.close()
             return False
@@ -200,37 +204,46 @@ def _end(sock: socket.socket, how: int) -> None:
 
 def _taken(channel: socket.socket) -> socket.socket | None:
     """The listener that came by ``channel``; None when something else came, or nothing."""
-    descriptors, _ = _received(channel)
+    descriptors = _received(channel) or []
     listener = loopback_listener(descriptors.pop()) if len(descriptors) == 1 else None
-    for descriptor in descriptors:
-        os.close(descriptor)
+    _close_all(descriptors)
     if listener is not None:
         with suppress(OSError):  # whoever is gone by now is seen to be gone
             channel.send(TAKEN, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     return listener
 
 
-def _received(channel: socket.socket) -> tuple[list[int], bool]:
-    """The descriptors that came, and whether no more can come."""
+def _received(channel: socket.socket) -> list[int] | None:
+    """The descriptors of what was said, or of its end; None while there is neither."""
     found: list[int] = []
     try:
-        data, ancillary, _, _ = channel.recvmsg(64, _ROOM, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+        _, ancillary, _, _ = channel.recvmsg(64, _ROOM, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
     except BlockingIOError:
-        return found, False
+        return None
     except OSError:
-        return found, True
+        return found
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             found += memoryview(content[: len(content) // 4 * 4]).cast("i").tolist()
-    return found, not data
+    return found
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def loopback_listener(descriptor: int) -> socket.socket | None:
     """The listening TCP socket that ``descriptor`` is; owns it from now on. None when it is none: it is closed then."""
     # Put in the place of one of ours: asked what it is, socket() would wait for the sandbox with the GIL in its hands.
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    os.dup2(descriptor, sock.fileno(), inheritable=False)
-    os.close(descriptor)
+    try:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        os.dup2(descriptor, sock.fileno(), inheritable=False)
+    except OSError as error:
+        log.warning("no_descriptor_left", error=str(error))
+        return None
+    finally:
+        os.close(descriptor)
     try:
         facts = tuple(sock.getsockopt(socket.SOL_SOCKET, option) for option in _FACTS)
     except OSError:

@@ -72,6 +72,15 @@ async def test_it_is_given_back_when_the_channel_closes() -> None:
             listener.accept()[0].close()
 
 
+async def test_whoever_talks_on_has_ended_it() -> None:
+    taken = Taken().start()
+    with listening() as listener:
+        assert await taken.give(listener.fileno()) == TAKEN
+        taken.near.send(bytes(100_000), socket.MSG_DONTWAIT)
+        await asyncio.wait_for(taken.over.wait(), 10)
+        taken.near.close()
+
+
 async def test_a_channel_that_closes_before_anything_came_ends_it() -> None:
     taken = Taken().start()
     taken.near.close()
