@@ -30,8 +30,6 @@ DEFAULT_HOST = "unix:///var/run/docker.sock"
 OPEN_TIMEOUT_S = 10.0
 RETRY_S = 5.0
 """An engine that did not answer is asked again after so long, or when the event stream is back."""
-LOOK_AGAIN_S = 0.25
-"""Whoever joins a watch and has waited for so long has the engine asked again: the event may be lost."""
 PULL_TIMEOUT_S = 1800.0
 TAIL_LINES, TAIL_BYTES = 64, 4096
 IMAGE_UIDS = frozenset({64321, 1000})
@@ -75,6 +73,7 @@ class DockerDriver:
         self._wakers: dict[str, set[asyncio.Event]] = {}
         self._watches: dict[str, asyncio.Task[Exit]] = {}
         self._closed = False
+        self._following = False
 
     async def open(self) -> None:
         self._closed = False
@@ -207,17 +206,13 @@ class DockerDriver:
         # One watch a container, for as long as it lives: asking the engine anew costs whoever claims it a millisecond.
         if self._closed:
             raise _let_go()
-        watch, again = self._watches.get(ref), None
-        if watch is not None:
-            again = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, self._wake, ref)
-        else:
+        watch = self._watches.get(ref)
+        if watch is not None and not self._following:
+            self._wake(ref)  # what has happened meanwhile was not told
+        if watch is None:
             watch = self._watches[ref] = self._tasks.start(self._watch(ref), f"docker-watch-{ref[:12]}")
             watch.add_done_callback(lambda _: self._watches.pop(ref, None))
-        try:
-            await asyncio.wait((watch,))
-        finally:
-            if again is not None:
-                again.cancel()
+        await asyncio.wait((watch,))
         if watch.cancelled():
             raise _let_go()
         return watch.result()
@@ -303,15 +298,21 @@ class DockerDriver:
         for ref in self._wakers:
             self._wake(ref)
 
+    def _follows(self) -> None:
+        self._following = True
+        self._wake_all()
+
     async def _follow(self) -> None:
         """Follows the engine's events as long as the driver is open, over restarts of the engine."""
         delay = 0.1
         while True:
             began = asyncio.get_running_loop().time()
             try:
-                await self._engine.ended(self._label, self._wake_all, self._wake)
+                await self._engine.ended(self._label, self._follows, self._wake)
             except CortexError as error:
                 log.warning("engine_events_lost", error=str(error), hint=error.hint)
+            finally:
+                self._following = False
             if asyncio.get_running_loop().time() - began > RETRY_S:
                 delay = 0.1
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
