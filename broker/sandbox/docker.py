@@ -71,12 +71,8 @@ class DockerDriver:
         self._pulling: asyncio.Task[None] | None = None
         self._follower: asyncio.Task[None] | None = None
         self._wakers: dict[str, set[asyncio.Event]] = {}
-        self._watches: dict[str, asyncio.Task[Exit]] = {}
-        self._closed = False
-        self._following = False
 
     async def open(self) -> None:
-        self._closed = False
         info = await self._engine.info(timeout_s=min(OPEN_TIMEOUT_S, self._config.call_timeout_s))
         runtime = self._config.runtime
         if runtime and runtime not in info.get("Runtimes", {}):
@@ -96,9 +92,6 @@ class DockerDriver:
             self._follower = self._tasks.start(self._follow(), "docker-events")
 
     async def close(self) -> None:
-        self._closed = True
-        for watch in self._watches.values():
-            watch.cancel()
         if self._follower is not None:
             self._follower.cancel()
             with suppress(asyncio.CancelledError):
@@ -203,21 +196,6 @@ class DockerDriver:
                 raise self._engine.timed_out("remove", self._config.call_timeout_s) from error
 
     async def wait(self, ref: str) -> Exit:
-        # One watch a container, for as long as it lives: asking the engine anew costs whoever claims it a millisecond.
-        if self._closed:
-            raise _let_go()
-        watch = self._watches.get(ref)
-        if watch is not None and not self._following:
-            self._wake(ref)  # what has happened meanwhile was not told
-        if watch is None:
-            watch = self._watches[ref] = self._tasks.start(self._watch(ref), f"docker-watch-{ref[:12]}")
-            watch.add_done_callback(lambda _: self._watches.pop(ref, None))
-        await asyncio.wait((watch,))
-        if watch.cancelled():
-            raise _let_go()
-        return watch.result()
-
-    async def _watch(self, ref: str) -> Exit:
         with self._waker(ref) as waker:
             while True:
                 try:
@@ -298,21 +276,15 @@ class DockerDriver:
         for ref in self._wakers:
             self._wake(ref)
 
-    def _follows(self) -> None:
-        self._following = True
-        self._wake_all()
-
     async def _follow(self) -> None:
         """Follows the engine's events as long as the driver is open, over restarts of the engine."""
         delay = 0.1
         while True:
             began = asyncio.get_running_loop().time()
             try:
-                await self._engine.ended(self._label, self._follows, self._wake)
+                await self._engine.ended(self._label, self._wake_all, self._wake)
             except CortexError as error:
                 log.warning("engine_events_lost", error=str(error), hint=error.hint)
-            finally:
-                self._following = False
             if asyncio.get_running_loop().time() - began > RETRY_S:
                 delay = 0.1
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
@@ -331,12 +303,6 @@ async def _woken(waker: asyncio.Event) -> None:
         async with asyncio.timeout(RETRY_S):
             await waker.wait()
     waker.clear()
-
-
-def _let_go() -> CortexError:
-    return CortexError(
-        Code.ENGINE_DOWN, "the driver of Docker Engine is closed", hint="The broker is stopping; try again."
-    )
 
 
 def _log_forgotten(error: BaseException) -> None:
